@@ -40,7 +40,25 @@ def text_distillation_loss(
     _check_pair("student", student, "teacher", teacher)
     return (student - teacher.detach()).pow(2).sum(dim=1).mean()
 
-# %% ../nbs/04_losses.ipynb #fb42dc5c
+# %% ../nbs/04_losses.ipynb #8e8e9fa2
+def _check_probabilities(logits: torch.Tensor, concepts: torch.Tensor) -> None:
+    "Rows of probabilities, one for each row of logits."
+    _check_pair("logits", logits, "concepts", concepts)
+    _require(bool((concepts >= 0).all()), f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
+    sums = concepts.sum(dim=1, dtype=torch.float64)
+    _require(bool(((sums - 1).abs() < 5e-3).all()), f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: "
+                                                     "pass soft_labels, not logits")
+
+
+def _check_ids(logits: torch.Tensor, concepts: torch.Tensor) -> None:
+    "Integer ids from 0 to k-1, one for each row of logits; -100 is no exception."
+    n, k = logits.shape
+    _require(concepts.shape == (n,), f"integer concepts have shape {tuple(concepts.shape)}; expected ({n},) for logits {(n, k)}")
+    _require(concepts.dtype != torch.bool, "concepts are booleans; expected integer ids or rows of probabilities")
+    low, high = int(concepts.min()), int(concepts.max())
+    _require(0 <= low and high < k, f"concept ids run from {low} to {high}; expected 0 … {k - 1} for {k} concepts")
+
+# %% ../nbs/04_losses.ipynb #da76eca2
 def concept_loss(
     logits: torch.Tensor,  # (n, k) concept scores, before any softmax
     concepts: torch.Tensor,  # (n,) integer ids, or (n, k) rows of probabilities; a constant
@@ -50,21 +68,20 @@ def concept_loss(
     Raises ValueError for shapes that do not match, ids outside 0 … k-1 (-100 too), rows that are no probabilities,
     NaN or infinite input."""
     _check_matrix("logits", logits)
-    n, k = logits.shape
     if concepts.is_floating_point():
-        _check_pair("logits", logits, "concepts", concepts)
-        _require(bool((concepts >= 0).all()), f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
-        sums = concepts.sum(dim=1, dtype=torch.float64)
-        _require(bool(((sums - 1).abs() < 5e-3).all()), f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: "
-                                                         "pass soft_labels, not logits")
+        _check_probabilities(logits, concepts)
         return F.cross_entropy(logits, concepts.detach().to(logits.dtype))
-    _require(concepts.shape == (n,), f"integer concepts have shape {tuple(concepts.shape)}; expected ({n},) for logits {(n, k)}")
-    _require(concepts.dtype != torch.bool, "concepts are booleans; expected integer ids or rows of probabilities")
-    low, high = int(concepts.min()), int(concepts.max())
-    _require(0 <= low and high < k, f"concept ids run from {low} to {high}; expected 0 … {k - 1} for {k} concepts")
+    _check_ids(logits, concepts)
     return F.cross_entropy(logits, concepts.long())
 
-# %% ../nbs/04_losses.ipynb #fc49b0eb
+# %% ../nbs/04_losses.ipynb #5533627b
+def _check_scale(logit_scale: torch.Tensor | float) -> None:
+    scale = torch.as_tensor(logit_scale)
+    _require(scale.numel() == 1, f"logit_scale has shape {tuple(scale.shape)}; expected one number")
+    value = float(scale.detach())
+    _require(math.isfinite(value) and value > 0, f"logit_scale={value}; expected a positive, finite number: pass logit_scale.exp()")
+
+# %% ../nbs/04_losses.ipynb #82286bb0
 def contrastive_loss(
     image_features: torch.Tensor,  # (n, d) of n ≥ 2 pairs; normalised inside
     text_features: torch.Tensor,  # (n, d) row i belongs to image i; normalised inside
@@ -77,16 +94,13 @@ def contrastive_loss(
     _check_pair("image_features", image_features, "text_features", text_features)
     n = len(image_features)
     _require(n >= 2, "a batch of one pair has no negatives and its loss is always 0; give at least 2 pairs")
-    scale = torch.as_tensor(logit_scale)
-    _require(scale.numel() == 1, f"logit_scale has shape {tuple(scale.shape)}; expected one number")
-    value = float(scale.detach())
-    _require(math.isfinite(value) and value > 0, f"logit_scale={value}; expected a positive, finite number: pass logit_scale.exp()")
+    _check_scale(logit_scale)
     images, texts = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
     logits = logit_scale * images @ texts.T
     targets = torch.arange(n, device=logits.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
-# %% ../nbs/04_losses.ipynb #3c29c9d9
+# %% ../nbs/04_losses.ipynb #001ece31
 def kklip_loss(
     distillation: torch.Tensor,  # scalar, from text_distillation_loss
     concept: torch.Tensor,  # scalar, from concept_loss
@@ -97,11 +111,12 @@ def kklip_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total; the three parts by name, not weighted
     r"""The weighted sum $\alpha L_{distillation}+\beta L_{concept}+\gamma L_{contrastive}$.
 
-    The paper gives 1, 0.01 and 1, not which multiplies which: we go by its order of presentation."""
+    The paper gives 1, 0.01 and 1, not which multiplies which: we go by its order of presentation. Raises ValueError
+    for a part or weight that is not a finite scalar, and for a negative weight."""
     parts = dict(distillation=distillation, concept=concept, contrastive=contrastive)
     weights = dict(alpha=alpha, beta=beta, gamma=gamma)
     for name, value in {**parts, **weights}.items():
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(value).detach()
         _require(tensor.ndim == 0, f"{name} has shape {tuple(tensor.shape)}; expected a scalar")
         _require(bool(tensor.isfinite()), f"{name} is {float(tensor)}; expected a finite number")
     for name, value in weights.items(): _require(value >= 0, f"{name}={value}; expected a weight of at least 0")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LAPTOP', 'PAPER', 'Recipe', 'recipe_table', 'Inputs', 'Texts', 'make_targets', 'learning_rate', 'make_optimizer',
-           'batch_of', 'compute_losses', 'train_step', 'distill_texts', 'save_checkpoint', 'load_checkpoint',
-           'epoch_batches', 'train']
+           'batch_of', 'compute_losses', 'train_step', 'save_checkpoint', 'load_checkpoint', 'epoch_batches',
+           'word_batch', 'train', 'Run', 'run_key', 'prepare_inputs', 'Material', 'recorded_material', 'run_recipe']
 
-# %% ../nbs/05_training.ipynb #ef4578a8
+# %% ../nbs/05_training.ipynb #78179059
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -23,17 +24,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .concepts import Concepts, fit_concepts, soft_labels
-from .data import caption_batches, write_atomically
+from .data import Pairs, caption_batches, load_openmoji, load_words, write_atomically
 from .losses import concept_loss, contrastive_loss, kklip_loss, text_distillation_loss
-from .student import MAX_LOGIT_SCALE, Student, tokenize
-from .teacher import standardise
+from .student import (MAX_LOGIT_SCALE, Student, WordTable, build_student,
+                              cached_trunk_features, encode_all, prepare_images,
+                              start_from_words, tokenize)
+from .teacher import load_embeddings, standardise
 
 # %% ../nbs/05_training.ipynb #ac0dd32d
 def _setting(value: Any, paper: str, reason: str) -> Any:
     "A field of the recipe: our value, what the paper says, and why we choose what we choose."
     return field(default=value, metadata=dict(paper=paper, reason=reason))
 
-# %% ../nbs/05_training.ipynb #3a790c0f
+# %% ../nbs/05_training.ipynb #51fa4e19
 @dataclass(frozen=True)
 class Recipe:
     "Every setting of a run in one place."
@@ -47,11 +50,12 @@ class Recipe:
     prompt: str = _setting('This image shows: "{}" in one word: "', "not said", "chosen on validation")
     k: int = _setting(48, "not said", "chosen on validation, see the concepts notebook")
     temperature: float = _setting(0.1, "not said", "labels neither hard nor uniform")
-    alpha: float = _setting(10.0, "1", "weight of distillation; chosen on validation")
+    alpha: float = _setting(2.0, "1", "weight of distillation; chosen on validation")
     beta: float = _setting(1.0, "0.01", "weight of concept learning; chosen on validation")
     gamma: float = _setting(1.0, "1", "weight of the contrastive loss")
-    words: int = _setting(4000, "none", "captions without images that the text encoder is distilled on first")
-    word_steps: int = _setting(1500, "none", "steps of that distillation")
+    word_table: bool = _setting(True, "not said", "the token embedding starts from the teacher's words; CLIP's alike")
+    words: int = _setting(3000, "none", "captions without images: frequent English words, for distillation alone")
+    word_batch: int = _setting(256, "none", "so many of them a step, beside the pairs; 0 for none")
     epochs: int = _setting(40, "100", "the losses are flat by then")
     batch_size: int = _setting(256, "not said", "a quarter of the training pairs")
     lr: float = _setting(1e-3, "5e-5", "small towers from scratch bear more than a pretrained CLIP")
@@ -59,10 +63,10 @@ class Recipe:
     warmup: int = _setting(20, "not said", "steps of linear warm-up; cosine to zero after it")
     seed: int = _setting(0, "not said", "initial weights, order of the pairs, train/validation split")
 
-# %% ../nbs/05_training.ipynb #2c90f885
+# %% ../nbs/05_training.ipynb #27696868
 LAPTOP = Recipe()
 PAPER = Recipe(student="ViT-B-32-quickgelu", pretrained="openai", imagenet=False, train_image="all",
-               teacher="meta-llama/Llama-2-7b-hf", k=1000, alpha=1.0, beta=0.01, words=0, word_steps=0,
+               teacher="meta-llama/Llama-2-7b-hf", k=1000, alpha=1.0, beta=0.01, words=0, word_batch=0, word_table=False,
                epochs=100, batch_size=1024, lr=5e-5, warmup=1000, layer=-1)
 
 # %% ../nbs/05_training.ipynb #63609684
@@ -109,7 +113,7 @@ def learning_rate(
     if step < warmup: return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-# %% ../nbs/05_training.ipynb #41fed72b
+# %% ../nbs/05_training.ipynb #4cdb7472
 def make_optimizer(
     student: nn.Module,
     lr: float,  # peak learning rate
@@ -119,7 +123,7 @@ def make_optimizer(
     params = [p for p in student.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
               dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 # %% ../nbs/05_training.ipynb #bf20bfe9
 def batch_of(
@@ -130,59 +134,42 @@ def batch_of(
     index = torch.as_tensor(rows)
     return Inputs([inputs.captions[i] for i in rows], *(x[index] for x in inputs[1:]))
 
-# %% ../nbs/05_training.ipynb #a144f447
+# %% ../nbs/05_training.ipynb #c17ace8d
 def compute_losses(
     student: Student,
     batch: Inputs,
     recipe: Recipe,
+    words: Texts | None = None,  # captions without images, for distillation alone
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total; the three parts by name
     "One forward pass through both towers and all three losses."
-    image_features = student.encode_image(batch.images)
-    text_features = student.encode_text(batch.tokens)
-    distillation = text_distillation_loss(student.to_teacher(text_features), batch.targets)
-    concept = (concept_loss(student.image_concepts(image_features), batch.labels)
-               + concept_loss(student.text_concepts(text_features), batch.labels)) / 2
+    n = len(batch.tokens)
+    tokens, targets = batch.tokens, batch.targets
+    if words is not None: tokens, targets = torch.cat([tokens, words.tokens]), torch.cat([targets, words.targets])
+    image_features, all_text_features = student.encode_image(batch.images), student.encode_text(tokens)
+    text_features = all_text_features[:n]
+    distillation = text_distillation_loss(student.predict_teacher(all_text_features), targets)
+    concept = (concept_loss(student.predict_concepts(image_features, "image"), batch.labels)
+               + concept_loss(student.predict_concepts(text_features, "text"), batch.labels)) / 2
     contrastive = contrastive_loss(image_features, text_features, student.logit_scale)
     return kklip_loss(distillation, concept, contrastive, recipe.alpha, recipe.beta, recipe.gamma)
 
-# %% ../nbs/05_training.ipynb #665d1866
+# %% ../nbs/05_training.ipynb #604102d6
 def train_step(
     student: Student,
     optimizer: torch.optim.Optimizer,
     batch: Inputs,
     recipe: Recipe,
     lr: float,  # learning rate of this step
+    words: Texts | None = None,  # captions without images
 ) -> dict[str, float]:  # total and the three parts
     "Forward, backward, one step of AdamW; logit_scale never leaves its range."
     for group in optimizer.param_groups: group["lr"] = lr
-    total, parts = compute_losses(student, batch, recipe)
+    total, parts = compute_losses(student, batch, recipe, words)
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     optimizer.step()
     with torch.no_grad(): student.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
     return dict(total=total.item(), **{k: v.item() for k, v in parts.items()})
-
-# %% ../nbs/05_training.ipynb #7152749c
-def distill_texts(
-    student: Student,
-    texts: Texts,
-    recipe: Recipe,
-    progress: bool = False,  # show a bar
-) -> list[float]:  # loss of each step
-    "Distil the teacher into the text encoder on captions without images, before any pair is seen."
-    from tqdm.auto import tqdm
-    optimizer = make_optimizer(student, recipe.lr, recipe.weight_decay)
-    order, losses = torch.Generator().manual_seed(recipe.seed), []
-    for step in tqdm(range(recipe.word_steps), desc="distilling on words", disable=not progress):
-        for group in optimizer.param_groups: group["lr"] = learning_rate(step, recipe.word_steps, recipe.lr, recipe.warmup)
-        rows = torch.randint(len(texts.tokens), (recipe.batch_size,), generator=order)
-        features = student.encode_text(texts.tokens[rows])
-        loss = text_distillation_loss(student.to_teacher(features), texts.targets[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 # %% ../nbs/05_training.ipynb #257a7b43
 def save_checkpoint(
@@ -243,11 +230,23 @@ def epoch_batches(
     for rows in caption_batches(inputs.captions, recipe.batch_size, seed=recipe.seed * 10_000 + epoch):
         yield batch_of(inputs, rows)
 
-# %% ../nbs/05_training.ipynb #e345a81a
+# %% ../nbs/05_training.ipynb #240bc008
+def word_batch(
+    words: Texts | None,  # all captions without images
+    recipe: Recipe,
+    step: int,  # from 0
+) -> Texts | None:  # those of one step; None where the recipe has no use for them
+    "Some words, drawn by the recipe's seed and the step alone, so that a resumed run sees the same."
+    if words is None or not recipe.word_batch or not recipe.alpha: return None
+    rows = np.random.default_rng([recipe.seed, step]).integers(len(words.tokens), size=recipe.word_batch)
+    return Texts(words.tokens[rows], words.targets[rows])
+
+# %% ../nbs/05_training.ipynb #6c7b0fb3
 def train(
     student: Student,
     inputs: Inputs,  # the training pairs
     recipe: Recipe,
+    words: Texts | None = None,  # captions without images
     checkpoint: str | Path | None = None,  # a .safetensors file, written after each epoch and resumed from
     progress: bool = False,  # show a bar
 ) -> list[dict]:  # one dict a step: epoch, lr, total, distillation, concept, contrastive
@@ -261,6 +260,87 @@ def train(
     for epoch in tqdm(range(done, recipe.epochs), initial=done, total=recipe.epochs, desc="epochs", disable=not progress):
         for batch in epoch_batches(inputs, recipe, epoch):
             lr = learning_rate(len(history), steps, recipe.lr, recipe.warmup)
-            history.append(dict(epoch=epoch, lr=lr, **train_step(student, optimizer, batch, recipe, lr)))
+            some = word_batch(words, recipe, len(history))
+            history.append(dict(epoch=epoch, lr=lr, **train_step(student, optimizer, batch, recipe, lr, some)))
         if checkpoint: save_checkpoint(checkpoint, student, optimizer, recipe, epoch + 1, history)
     return history
+
+# %% ../nbs/05_training.ipynb #d1d1c8a9
+class Run(NamedTuple):
+    "A finished run with what is needed to look at it."
+    student: Student  # trained, in evaluation mode
+    history: list[dict]  # what train returned
+    image_features: torch.Tensor  # (n, d) of all pairs, not normalised
+    text_features: torch.Tensor  # (n, d) of all pairs, not normalised
+    concepts: Concepts  # of the training captions
+
+# %% ../nbs/05_training.ipynb #eacfa604
+def run_key(
+    recipe: Recipe,
+    embeddings: np.ndarray,  # (n, d) raw teacher embeddings of all pairs
+    train: np.ndarray,  # rows of the training split
+) -> str:  # 16 hexadecimal digits
+    "Names a run by all that it depends on, so that a cached one is never taken for another."
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(embeddings, np.float16).tobytes())
+    digest.update(np.asarray(train, np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+# %% ../nbs/05_training.ipynb #1d0fa8a2
+def prepare_inputs(
+    student: Student,
+    pairs: Pairs,
+    targets: np.ndarray,  # (n, d) standardised teacher embeddings
+    labels: np.ndarray,  # (n, k) soft labels
+    progress: bool = False,  # show a bar
+) -> Inputs:  # of all pairs
+    "All that training reads, as tensors; a frozen trunk is run here, once."
+    frozen = hasattr(student.clip.visual, "trunk") and not any(p.requires_grad for p in student.clip.visual.trunk.parameters())
+    images = cached_trunk_features(student, pairs.images, progress) if frozen else prepare_images(student, pairs.images)
+    return Inputs(pairs.captions, images, tokenize(student, pairs.captions),
+                  torch.from_numpy(targets).float(), torch.from_numpy(labels).float())
+
+# %% ../nbs/05_training.ipynb #14948837
+class Material(NamedTuple):
+    "What a run is made from: the pairs, and all that the teacher has to say."
+    pairs: Pairs
+    embeddings: np.ndarray  # (n, d) raw teacher embeddings of the pairs' captions
+    words: list[str]  # m captions without images
+    word_embeddings: np.ndarray  # (m, d) their raw teacher embeddings
+    word_table: WordTable  # start of the student's token embedding
+
+# %% ../nbs/05_training.ipynb #fd9eb0db
+def recorded_material(
+    folder: str | Path,  # where scripts/record.py has put the recordings: nbs/recorded
+    recipe: Recipe,  # the recordings must be of its teacher vectors
+) -> Material:
+    "The course's pairs with recorded embeddings: no teacher has to be installed."
+    folder, how = Path(folder), dict(pooling=recipe.pooling, layer=recipe.layer, prompt=recipe.prompt)
+    pairs = load_openmoji()
+    words = load_words(recipe.words, {*pairs.bases, *pairs.captions})
+    embeddings = load_embeddings(folder / "pairs-last-29-prompt.safetensors", pairs.captions, **how)
+    word_embeddings = load_embeddings(folder / "words-last-29-prompt.safetensors", words, **how)
+    with safe_open(folder / "word-table.safetensors", framework="numpy") as file:
+        table = WordTable(file.get_tensor("ids"), file.get_tensor("vectors").astype(np.float32))
+    return Material(pairs, embeddings, words, word_embeddings, table)
+
+# %% ../nbs/05_training.ipynb #649a9273
+def run_recipe(
+    recipe: Recipe,
+    material: Material,
+    train_rows: np.ndarray,  # rows of the training split
+    folder: str | Path | None = None,  # where the checkpoint is kept and found again
+    progress: bool = False,  # show bars
+) -> Run:
+    "From captions and embeddings to a trained student: every step of the course in order."
+    targets, concepts, labels = make_targets(material.embeddings, train_rows, recipe)
+    student = build_student(recipe.student, recipe.pretrained, targets.shape[1], recipe.k,
+                            recipe.imagenet, recipe.train_image, recipe.seed)
+    if recipe.word_table: start_from_words(student, material.word_table)
+    inputs = prepare_inputs(student, material.pairs, targets, labels, progress)
+    mean = material.embeddings[train_rows].mean(0)
+    words = Texts(tokenize(student, material.words), torch.from_numpy(standardise(material.word_embeddings, mean)))
+    checkpoint = folder and Path(folder) / f"run-{run_key(recipe, material.embeddings, train_rows)}.safetensors"
+    history = train(student, batch_of(inputs, train_rows), recipe, words, checkpoint, progress)
+    image_features, text_features = encode_all(student, inputs.images, inputs.tokens)
+    return Run(student, history, image_features, text_features, concepts)

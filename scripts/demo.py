@@ -1,0 +1,145 @@
+"""The main job, without a browser: captions, teacher, concepts, plain CLIP and KKLIP from the same start, evaluation.
+
+    python scripts/demo.py            # writes outputs/; a second run finds its caches
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from compare import ROOT, SHOWN, write_rows
+from pipeline import load_material
+
+from kklip_nb.data import cache_dir, six_rows, split_by_base
+from kklip_nb.evaluation import (bootstrap_interval, chance_levels, class_features, hits_at_k, knn_hits, median_rank, zero_shot_hits)
+from kklip_nb.student import tokenize
+from kklip_nb.training import LAPTOP, Material, Recipe, Run, run_key, run_recipe
+from kklip_nb.visualization import concept_names, plot_concepts, plot_images, plot_similarities, umap_project
+
+OUT = ROOT / "outputs"
+RECIPES = {"CLIP": dataclasses.replace(LAPTOP, alpha=0.0, beta=0.0), "KKLIP": LAPTOP}
+CREDIT = "Pictures: OpenMoji, CC BY-SA 4.0"
+
+
+def say(step: str) -> None:
+    "One line before each step, with the time so far."
+    print(f"\n[{time.perf_counter() - STARTED:4.0f} s] {step}", flush=True)
+
+
+def train(name: str, recipe: Recipe, material: Material, rows: np.ndarray) -> Run:
+    "Train one student, or take up its checkpoint; leave a copy in outputs/."
+    checkpoint = cache_dir() / "runs" / f"run-{run_key(recipe, material.embeddings, rows)}.safetensors"
+    if checkpoint.exists(): print(f"found {name}'s checkpoint in the cache; what it has done is not done again")
+    run = run_recipe(recipe, material, rows, folder=checkpoint.parent, progress=True)
+    (OUT / f"{name.lower()}.safetensors").write_bytes(checkpoint.read_bytes())
+    return run
+
+
+def scores(run: Run, material: Material, split) -> dict[str, tuple[float, float, float]]:
+    "Every metric on the test rows as (value, low, high): 95 % intervals that resample base concepts."
+    images, texts = (f.numpy() / np.linalg.norm(f.numpy(), axis=1, keepdims=True) for f in (run.image_features, run.text_features))
+    test, classes = split.test, material.pairs.subcategories
+    bases = [material.pairs.bases[i] for i in test]
+    similarity, right = np.round(images[test].astype(float) @ texts[test].T.astype(float), 10), np.eye(len(test), dtype=bool)
+    result = {}
+    for way, matrix in (("i2t", similarity), ("t2i", similarity.T)):
+        for k in (1, 5):
+            hits = hits_at_k(matrix, right, k)
+            result[f"{way}_r{k}"] = (hits.mean(), *bootstrap_interval(hits, bases))
+    rank = median_rank(images[test], texts[test])["i2t_median_rank"]
+    result["i2t_median_rank"] = (rank, np.nan, np.nan)
+    train_rows, known = ([i for i in rows if classes[i]] for rows in (split.train, test))
+    truth, groups, names = [classes[i] for i in known], [material.pairs.bases[i] for i in known], sorted({c for c in classes if c})
+    def encode(captions):
+        with torch.inference_mode(): return run.student.encode_text(tokenize(run.student, captions))
+    hits = {"zero_shot": zero_shot_hits(images[known], class_features(encode, names), names, truth)}
+    for kind, x in (("image", images), ("text", texts)):
+        hits[f"knn_{kind}"] = knn_hits(x[train_rows], [classes[i] for i in train_rows], x[known], truth)
+    return result | {k: (v.mean(), *bootstrap_interval(v, groups)) for k, v in hits.items()}
+
+
+def report(table: dict[str, dict], chance: dict[str, float], n_test: int) -> str:
+    "The comparison as Markdown; also outputs/comparison.csv."
+    rows = [dict(student=name, metric=m, value=f"{v:.4f}", low=f"{low:.4f}", high=f"{high:.4f}", chance=chance.get(m, ""))
+            for name, metrics in table.items() for m, (v, low, high) in metrics.items()]
+    write_rows(OUT / "comparison.csv", rows)
+    def cell(metric, value, low, high):
+        return f"{value:.1f}" if "rank" in metric else f"{100 * value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+    lines = [f"One seed, {n_test} held-out pairs; in %, with 95 % intervals that resample base concepts (the median rank without).", "",
+             "| | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(cell(m, *metrics[m]) for m in SHOWN) + " |" for name, metrics in table.items()]
+    guess = [f"{chance[m]:.1f}" if "rank" in m else f"{100 * chance[m]:.1f}" if m in chance else "–" for m in SHOWN]
+    text = "\n".join([*lines, "| *guessing* | " + " | ".join(guess) + " |"]) + "\n"
+    (OUT / "comparison.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def draw(runs: dict[str, Run], material: Material, split) -> list[Path]:
+    "Loss curves, concept maps and the six captions' similarities."
+    paths = [OUT / f"{name}.png" for name in ("losses", "concepts", "concept-images", "similarities")]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    for ax, part in zip(axes, ("contrastive", "distillation", "concept")):
+        for (name, run), style in zip(runs.items(), ("--", "-")): ax.plot([h[part] for h in run.history], style, color="black", label=name)
+        ax.set(xlabel="step", ylabel=f"{part} loss", title=f"{part} loss on training batches", yscale="log" if part == "distillation" else "linear")
+    axes[0].legend(); figure.savefig(paths[0], dpi=100); plt.close(figure)
+    concepts = runs["KKLIP"].concepts
+    train_captions = [material.pairs.captions[i] for i in split.train]
+    names, biggest = concept_names(train_captions, concepts.labels), np.argsort(-np.bincount(concepts.labels))[:8]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    spaces = {"teacher": material.embeddings[split.train] - material.embeddings[split.train].mean(0)}
+    spaces |= {name: run.text_features[split.train].numpy() for name, run in runs.items()}
+    maps = {name: umap_project(x) for name, x in spaces.items()}
+    for ax, (name, points) in zip(axes, maps.items()): plot_concepts(points, concepts.labels, names, biggest, ax, f"{name}: the eight largest concepts")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=8)
+    figure.savefig(paths[1], dpi=100); plt.close(figure)
+    some = np.random.default_rng(0).choice(len(split.train), 250, replace=False)
+    figure, ax = plt.subplots(figsize=(8, 7), layout="constrained")
+    plot_images(maps["KKLIP"][some], material.pairs.images[split.train][some], ax, title=f"KKLIP's text features, drawn as their images ({CREDIT})")
+    figure.savefig(paths[2], dpi=100); plt.close(figure)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    six = six_rows(material.pairs.captions)
+    for ax, (name, run) in zip(axes, runs.items()):
+        images, texts = (torch.nn.functional.normalize(f[six], dim=1).numpy() for f in (run.image_features, run.text_features))
+        plot_similarities(images @ texts.T, [material.pairs.captions[i] for i in six], ax, name)
+    figure.savefig(paths[3], dpi=100); plt.close(figure)
+    return paths
+
+
+def main() -> int:
+    OUT.mkdir(exist_ok=True)
+    say("pairs, words and the teacher's embeddings")
+    cached = any((cache_dir() / "embeddings").glob("*.safetensors"))
+    if cached: print(f"what is in the cache is not computed again: {cache_dir()}")
+    material = load_material(LAPTOP, progress=True)
+    split = split_by_base(material.pairs.bases, LAPTOP.seed)
+    print(f"{len(material.pairs.captions)} pairs: {len(split.train)} to train, {len(split.val)} to validate, {len(split.test)} to test; "
+          f"{len(material.words)} words without images")
+    runs = {}
+    for name, recipe in RECIPES.items():
+        say(f"training {name}")
+        runs[name] = train(name, recipe, material, split.train)
+    say("evaluating on held-out concepts")
+    table = {name: scores(run, material, split) for name, run in runs.items()}
+    text = report(table, chance_levels(material.pairs.subcategories, split.test), len(split.test))
+    say("drawing the figures")
+    figures = draw(runs, material, split)
+    say("done\n")
+    print(text)
+    committed = ROOT / "results" / "comparison.md"
+    if committed.exists(): print("The committed comparison over five seeds, from `make compare` (not computed now):\n\n" + committed.read_text(encoding="utf-8"))
+    for path in sorted([*figures, *OUT.glob("comparison.*"), *OUT.glob("*.safetensors")]): print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    STARTED = time.perf_counter()
+    try: sys.exit(main())
+    except KeyboardInterrupt: sys.exit("\ninterrupted; nothing is broken: the same command goes on from the caches")

@@ -1,0 +1,36 @@
+"""README.md is nbs/index.ipynb: write it, or check with --check that it is up to date. No quarto is needed."""
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme() -> str:
+    "The index notebook as Markdown, without hidden cells and directive lines."
+    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.cells = [c for c in notebook.cells if not re.search(r"^\s*#\|\s*hide", c.source, re.M)]
+    for cell in notebook.cells: cell.source = re.sub(r"^\s*#\|.*\n?", "", cell.source, flags=re.M)
+    text, resources = MarkdownExporter().from_notebook_node(notebook)
+    if resources.get("outputs"): raise SystemExit("index.ipynb has pictures as outputs; link files instead")
+    text = text.replace("](../", "](")
+    return "<!-- made from nbs/index.ipynb by scripts/make_readme.py: edit the notebook -->\n\n" + text.strip() + "\n"
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    if "--check" in sys.argv:
+        same = path.exists() and path.read_text(encoding="utf-8") == readme()
+        print("README.md is what index.ipynb says" if same else "README.md differs from nbs/index.ipynb; run `make readme`")
+        return 0 if same else 1
+    path.write_text(readme(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Concepts and soft labels against scikit-learn's and scipy's definitions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
+from scipy.special import softmax
+from scipy.stats import entropy
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, silhouette_score
+
+from kklip_nb.concepts import fit_concepts, label_entropy, score_concepts, soft_labels
+
+NAN, INF = float("nan"), float("inf")
+
+
+def blobs(k=4, each=10, d=5, spread=0.1, seed=0):
+    "k groups of points around corners that lie far apart; and the group of each point."
+    rng = np.random.default_rng(seed)
+    corners = 10 * np.eye(max(k, d))[:k, :d] if k <= d else rng.normal(0, 30, (k, d))
+    truth = np.repeat(np.arange(k), each)
+    return corners[truth] + spread * rng.normal(size=(k * each, d)), truth
+
+
+# ---- fit_concepts
+
+
+@pytest.mark.parametrize("convert", [np.float32, np.float64, lambda x: torch.from_numpy(x).float()])
+def test_kmeans_finds_well_separated_groups(convert):
+    points, truth = blobs()
+    found = fit_concepts(convert(points), 4)
+    assert np.shape(found.centroids) == (4, 5) and np.shape(found.labels) == (40,)
+    assert np.issubdtype(np.asarray(found.labels).dtype, np.integer)
+    assert adjusted_rand_score(truth, found.labels) == 1
+
+
+def test_the_fit_means_what_scikit_learn_means():
+    points, _ = blobs(spread=1.0)
+    found, reference = fit_concepts(points, 4), KMeans(4, n_init=10, random_state=1).fit(points)
+    distances = cdist(points, found.centroids)
+    np.testing.assert_array_equal(found.labels, distances.argmin(1))  # labels are the nearest centroids
+    for c in range(4):  # centroids are the means of their members
+        np.testing.assert_allclose(found.centroids[c], points[found.labels == c].mean(0), atol=1e-5)
+    assert found.inertia == pytest.approx((distances.min(1) ** 2).sum(), rel=1e-5)
+    assert found.inertia == pytest.approx(reference.inertia_, rel=1e-6)
+    assert adjusted_rand_score(found.labels, reference.labels_) == 1
+
+
+def test_labels_are_nearest_centroids_where_groups_overlap_too(rng):
+    points = rng.normal(size=(200, 6))
+    found = fit_concepts(points, 12)
+    distances = cdist(points, found.centroids)
+    np.testing.assert_allclose(distances[np.arange(200), found.labels], distances.min(1), atol=1e-6)
+    assert found.inertia == pytest.approx((distances.min(1) ** 2).sum(), rel=1e-5)
+    assert set(np.asarray(found.labels).tolist()) == set(range(12))
+
+
+def test_the_same_seed_gives_the_same_concepts_twice(rng):
+    points = rng.normal(size=(150, 8)).astype(np.float32)
+    first, second = fit_concepts(points, 9, seed=3), fit_concepts(points.copy(), 9, seed=3)
+    np.testing.assert_array_equal(first.centroids, second.centroids)
+    np.testing.assert_array_equal(first.labels, second.labels)
+    assert first.inertia == second.inertia
+
+
+def test_the_fit_leaves_its_input_alone(rng):
+    points = rng.normal(size=(30, 4))
+    before = points.copy()
+    fit_concepts(points, 3)
+    np.testing.assert_array_equal(points, before)
+
+
+def test_one_concept_is_the_mean(rng):
+    points = rng.normal(size=(20, 3))
+    found = fit_concepts(points, 1)
+    np.testing.assert_allclose(found.centroids, points.mean(0, keepdims=True), atol=1e-6)
+    assert not np.any(found.labels)
+    assert found.inertia == pytest.approx(20 * points.var(0).sum(), rel=1e-6)
+
+
+def test_as_many_concepts_as_captions_leave_nothing_over(rng):
+    found = fit_concepts(rng.normal(size=(7, 3)), 7)
+    assert sorted(found.labels) == list(range(7))
+    assert found.inertia == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("k", [0, -1, 6, 1000])
+def test_a_number_of_concepts_that_cannot_be_is_refused(k, rng):
+    with pytest.raises(ValueError) as error:
+        fit_concepts(rng.normal(size=(5, 2)), k)
+    assert str(k) in str(error.value) and "5" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "embeddings, said",
+    [
+        (np.ones(6), r"\(6,\)"),
+        (np.ones((2, 3, 4)), r"\(2, 3, 4\)"),
+        (np.ones((0, 4)), r"\(0, 4\)"),
+        (np.ones((6, 2), int), "int64"),
+        (torch.ones(6, 2, dtype=torch.long), "int64"),
+        (np.array([[0.0, 1], [NAN, 1]]), "(?i)nan"),
+        (np.array([[0.0, 1], [INF, 1]]), "(?i)inf"),
+        (torch.tensor([[0.0, 1], [NAN, 1]]), "(?i)nan"),
+    ],
+)
+def test_fit_refuses_what_is_no_matrix_of_numbers(embeddings, said):
+    with pytest.raises(ValueError, match=said):
+        fit_concepts(embeddings, 2)
+
+
+# ---- soft_labels
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", 1e-3), ("float32", 1e-6), ("float64", 1e-10)])
+@pytest.mark.parametrize("container", ["numpy", "torch"])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 30.0])
+def test_soft_labels_are_a_softmax_of_squared_distances_in_the_container_they_came_in(
+    container, dtype, tolerance, temperature, rng
+):
+    x, c = rng.normal(size=(9, 4)).astype(dtype), rng.normal(size=(5, 4)).astype(dtype)
+    expected = softmax(-cdist(x.astype(float), c.astype(float), "sqeuclidean") / temperature, axis=1)
+    if container == "torch":
+        x, c = torch.from_numpy(x), torch.from_numpy(c)
+    labels = soft_labels(x, c, temperature)
+    assert type(labels) is type(x) and labels.dtype == x.dtype and tuple(labels.shape) == (9, 5)
+    np.testing.assert_allclose(np.asarray(labels, dtype=float), expected, atol=tolerance)
+
+
+def test_embeddings_decide_the_container_and_a_graph_is_no_obstacle(rng):
+    x, c = torch.randn(4, 3, requires_grad=True), rng.normal(size=(2, 3))
+    labels = soft_labels(x, c, 1.0)
+    assert isinstance(labels, torch.Tensor) and labels.dtype == torch.float32 and not labels.requires_grad
+    assert soft_labels(x.detach().bfloat16(), c, 1.0).dtype == torch.bfloat16
+
+
+@given(
+    n=st.integers(1, 8),
+    k=st.integers(1, 8),
+    seed=st.integers(0, 999),
+    log_temperature=st.floats(-12, 12),
+    size=st.sampled_from([1e-3, 1.0, 1e4]),
+)
+def test_rows_are_probabilities_at_any_temperature(n, k, seed, log_temperature, size):
+    rng = np.random.default_rng(seed)
+    labels = soft_labels(size * rng.normal(size=(n, 5)), size * rng.normal(size=(k, 5)), 10.0**log_temperature)
+    assert labels.shape == (n, k) and np.isfinite(labels).all() and (labels >= 0).all()
+    np.testing.assert_allclose(labels.sum(1), 1, atol=1e-12)
+
+
+def test_a_cold_label_is_the_nearest_concept(rng):
+    x, c = rng.normal(size=(20, 4)), rng.normal(size=(6, 4))
+    np.testing.assert_allclose(soft_labels(x, c, 1e-9), np.eye(6)[cdist(x, c).argmin(1)], atol=1e-9)
+
+
+def test_a_hot_label_is_uniform(rng):
+    np.testing.assert_allclose(soft_labels(rng.normal(size=(20, 4)), rng.normal(size=(6, 4)), 1e12), 1 / 6, atol=1e-9)
+
+
+def test_with_one_concept_the_label_is_constant(rng):
+    np.testing.assert_array_equal(soft_labels(rng.normal(size=(5, 4)), rng.normal(size=(1, 4)), 0.3), np.ones((5, 1)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_huge_distances_and_a_tiny_temperature_give_no_nan(dtype):
+    x = np.array([[1e4, 0.0], [0.0, 0.0], [-1e4, 3.0]], dtype)
+    labels = soft_labels(x, np.array([[0.0, 0.0], [1e4, 1e4]], dtype), 1e-12)
+    np.testing.assert_array_equal(labels[1:], [[1, 0], [1, 0]])
+    np.testing.assert_array_equal(labels[0], [0.5, 0.5])  # equally far from both
+
+
+def test_embeddings_far_from_the_origin_lose_nothing(rng):
+    "Decoders have dimensions with huge values: only differences count, so the same shift of both changes nothing."
+    x, c = (np.round(rng.normal(size=shape), 3) for shape in ((9, 4), (5, 4)))
+    labels = soft_labels(x + 2.0**22, c + 2.0**22, 0.01)
+    np.testing.assert_allclose(
+        labels, softmax(-cdist(x + 2.0**22, c + 2.0**22, "sqeuclidean") / 0.01, axis=1), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, NAN, INF, -INF])
+def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature):
+    with pytest.raises(ValueError, match=str(temperature)):
+        soft_labels(np.ones((3, 2)), np.ones((2, 2)), temperature)
+
+
+@pytest.mark.parametrize(
+    "x, c, said",
+    [
+        (np.ones((3, 4)), np.ones((2, 5)), ["4", "5"]),
+        (np.ones(3), np.ones((2, 3)), ["(3,)"]),
+        (np.ones((3, 4)), np.ones(4), ["(4,)"]),
+        (np.ones((0, 4)), np.ones((2, 4)), ["(0, 4)"]),
+        (np.ones((3, 4)), np.ones((0, 4)), ["(0, 4)"]),
+        (np.ones((3, 4), int), np.ones((2, 4)), ["int64"]),
+        (np.full((3, 4), NAN), np.ones((2, 4)), ["embeddings", "NaN"]),
+        (np.ones((3, 4)), np.full((2, 4), INF), ["centroids", "inf"]),
+    ],
+)
+def test_soft_labels_refuse_what_does_not_match(x, c, said):
+    with pytest.raises(ValueError) as error:
+        soft_labels(x, c, 1.0)
+    for word in said:
+        assert word in str(error.value)
+
+
+# ---- label_entropy
+
+
+def test_entropy_agrees_with_scipy_and_its_limits(rng):
+    labels = softmax(rng.normal(size=(10, 6)), axis=1)
+    np.testing.assert_allclose(label_entropy(labels), entropy(labels, axis=1), rtol=1e-12)
+    np.testing.assert_allclose(label_entropy(torch.from_numpy(labels)), entropy(labels, axis=1), rtol=1e-12)
+    np.testing.assert_allclose(label_entropy(np.eye(4)), 0, atol=1e-12)
+    np.testing.assert_allclose(label_entropy(np.full((2, 8), 1 / 8)), math.log(8))
+
+
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        (np.array([[-0.5, 1.5]]), "-0.5"),
+        (np.array([[0.5, 0.1]]), "0.6"),
+        (np.array([[NAN, 1.0]]), "NaN"),
+        (np.ones(3), r"\(3,\)"),
+    ],
+)
+def test_entropy_refuses_what_is_no_row_of_probabilities(labels, said):
+    with pytest.raises(ValueError, match=said):
+        label_entropy(labels)
+
+
+# ---- score_concepts
+
+
+def test_scores_are_perfect_for_the_true_number_of_groups():
+    points, truth = blobs()
+    classes = [f"class {t}" for t in truth]
+    right, fewer, more = (score_concepts(points, k, classes) for k in (4, 2, 8))
+    assert right["k"] == 4
+    assert right["nmi"] == pytest.approx(1) and right["stability"] == pytest.approx(1)
+    assert right["silhouette"] == pytest.approx(silhouette_score(points, truth)) and right["silhouette"] > 0.9
+    assert right["silhouette"] > max(fewer["silhouette"], more["silhouette"])
+    assert right["nmi"] > max(fewer["nmi"], more["nmi"])
+    assert fewer["inertia"] > right["inertia"] > more["inertia"]
+    assert right["inertia"] == pytest.approx(sum(10 * points[truth == c].var(0).sum() for c in range(4)), rel=1e-5)
+
+
+def test_unknown_classes_are_left_out():
+    points, truth = blobs()
+    classes = [None if i % 10 == 0 else f"class {t}" for i, t in enumerate(truth)]
+    assert score_concepts(points, 4, classes)["nmi"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [39, 41])
+def test_one_class_for_each_embedding_is_asked_for(count):
+    classes = ["a", "b", "c"] * 20
+    with pytest.raises(ValueError, match=str(count)):
+        score_concepts(blobs()[0], 4, classes[:count])

@@ -1,0 +1,606 @@
+"""Pairs, splits, batches and readers; on small made-up input and on the real table of drawings."""
+
+import csv
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from kklip_nb.data import (
+    SIX,
+    Pairs,
+    base_concept,
+    cache_dir,
+    caption_batches,
+    load_dataset_pairs,
+    load_folder,
+    load_openmoji,
+    load_words,
+    mentions,
+    openmoji_table,
+    read_image,
+    render_svg,
+    six_rows,
+    split_by_base,
+    write_atomically,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path / "cache"))
+
+
+# ---- base concepts and the real table
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        ("man running", "woman running", "person running", "person running facing right", "woman running facing right"),
+        ("old man", "old woman", "older person"),
+        ("prince", "princess"),
+        ("mermaid", "merman", "merperson"),
+        ("Santa Claus", "Mrs. Claus"),
+        ("one o’clock", "twelve-thirty"),
+        ("keycap 1", "keycap #"),
+        ("man firefighter", "woman firefighter", "firefighter"),
+    ],
+)
+def test_variants_of_one_thing_share_a_base_concept(variants):
+    assert len({base_concept(v) for v in variants}) == 1, {v: base_concept(v) for v in variants}
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("dog face", "cat face"),
+        ("man running", "man walking"),
+        ("mango", "go"),
+        ("men’s room", "women’s room"),
+        ("pizza", "hot dog"),
+    ],
+)
+def test_different_things_have_different_base_concepts(one, other):
+    assert base_concept(one) != base_concept(other)
+
+
+def test_a_base_concept_is_never_empty_and_case_does_not_count(openmoji_rows):
+    for row in openmoji_rows:
+        assert row["base"] == base_concept(row["caption"]) == base_concept(row["caption"].upper().lower())
+        assert row["base"].strip()
+    assert base_concept("woman") and base_concept("man") == base_concept("woman")
+
+
+def test_the_real_table_has_about_1659_pairs_and_19_without_subcategory(openmoji_rows):
+    assert len(openmoji_rows) == pytest.approx(1659, abs=40)
+    assert sum(r["subcategory"] is None for r in openmoji_rows) == pytest.approx(19, abs=3)
+    assert all((r["category"] is None) == (r["subcategory"] is None) for r in openmoji_rows)
+    assert all(r["path"].is_file() and r["caption"].strip() and ":" not in r["caption"][:1] for r in openmoji_rows)
+    assert len({r["emoji"] for r in openmoji_rows}) == len(openmoji_rows)
+
+
+def test_no_skin_tone_and_no_country_flag_is_in_the_table(openmoji_rows):
+    assert not [
+        r["caption"] for r in openmoji_rows if "skin tone" in r["caption"] or r["subcategory"] == "country-flag"
+    ]
+
+
+def test_the_real_table_is_the_same_twice(openmoji_rows):
+    assert openmoji_table() == openmoji_rows
+
+
+def test_the_six_of_the_worked_example_are_found_in_order(openmoji_rows):
+    captions = [r["caption"] for r in openmoji_rows]
+    assert [captions[i] for i in six_rows(captions)] == list(SIX)
+
+
+# ---- split
+
+
+def check_split(split, bases):
+    "Every row once, each part ascending, no base concept in two parts."
+    assert sorted(np.concatenate(split).tolist()) == list(range(len(bases)))
+    for part in split:
+        assert np.all(np.diff(part) > 0)
+    train, val, test = ({bases[i] for i in part} for part in split)
+    assert not train & val and not train & test and not val & test
+
+
+@given(bases=st.lists(st.text("abcé ’", max_size=3), min_size=1, max_size=40), seed=st.integers(0, 99))
+def test_a_split_never_straddles_a_base_concept(bases, seed):
+    check_split(split_by_base(bases, seed), bases)
+
+
+def test_the_real_split_never_straddles_and_has_the_asked_shares(openmoji_rows):
+    bases = [r["base"] for r in openmoji_rows]
+    for seed in range(5):
+        split = split_by_base(bases, seed)
+        check_split(split, bases)
+        kinds = [len({bases[i] for i in part}) / len(set(bases)) for part in split]
+        assert kinds == pytest.approx([0.65, 0.15, 0.2], abs=0.01)
+    assert [len(p) for p in split_by_base(bases, 0, val=0, test=0)][1:] == [0, 0]
+
+
+def test_all_seeds_share_one_test_set_but_not_validation(openmoji_rows):
+    bases = [r["base"] for r in openmoji_rows]
+    splits = [split_by_base(bases, seed) for seed in range(5)]
+    assert len({tuple(s.test.tolist()) for s in splits}) == 1
+    assert len({tuple(s.val.tolist()) for s in splits}) == 5
+    assert all(np.array_equal(a, b) for a, b in zip(splits[3], split_by_base(bases, 3)))
+
+
+def test_the_test_concepts_do_not_depend_on_the_order_of_rows(openmoji_rows):
+    bases = [r["base"] for r in openmoji_rows]
+    turned = bases[::-1]
+    assert {bases[i] for i in split_by_base(bases).test} == {turned[i] for i in split_by_base(turned).test}
+
+
+@pytest.mark.parametrize(
+    "bases, shares, said",
+    [
+        ([], {}, "(?i)no captions|empty"),
+        (["a", "b"], dict(val=0.5, test=0.5), "0.5"),
+        (["a", "b"], dict(val=-0.1), "-0.1"),
+        (["a", "b"], dict(test=1.5), "1.5"),
+        (["a", "b"], dict(val=float("nan")), "nan"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(bases, shares, said):
+    with pytest.raises(ValueError, match=said):
+        split_by_base(bases, **shares)
+
+
+# ---- batches
+
+
+@given(
+    captions=st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=60),
+    size=st.integers(2, 8),
+    seed=st.integers(0, 999),
+)
+def test_batches_hold_no_caption_twice_and_no_row_twice(captions, size, seed):
+    if size > len(set(captions)):
+        return
+    batches = [b.tolist() for b in caption_batches(captions, size, seed)]
+    rows = [row for b in batches for row in b]
+    assert all(len(b) == size and len({captions[i] for i in b}) == size for b in batches)
+    assert len(rows) == len(set(rows)) and set(rows) <= set(range(len(captions)))
+    left = Counter(captions) - Counter(captions[i] for i in rows)
+    assert len(left) < size  # what is left could not fill another batch
+    assert batches == [b.tolist() for b in caption_batches(captions, size, seed)]
+
+
+def test_another_epoch_has_another_order():
+    captions = [str(i) for i in range(40)]
+    orders = {tuple(np.concatenate(list(caption_batches(captions, 8, seed))).tolist()) for seed in range(5)}
+    assert len(orders) == 5 and all(sorted(o) == list(range(40)) for o in orders)
+
+
+@pytest.mark.parametrize(
+    "captions, size, said",
+    [(["a", "b"], 1, "1"), (["a", "b"], 0, "0"), (["a", "a", "b"], 3, "3(?s:.*)2"), ([], 2, "2")],
+)
+def test_batches_that_cannot_be_are_refused(captions, size, said):
+    with pytest.raises(ValueError, match=said):
+        list(caption_batches(captions, size, 0))
+
+
+# ---- captions without images
+
+
+def naive_mentions(text, concepts):
+    "The concept as whole words, with or without a plural ending; punctuation and case aside."
+    clean = lambda s: " ".join(re.sub(r"\W+", " ", s.lower()).split())
+    return any(re.search(rf"(?<!\w){re.escape(clean(c))}(e?s)?(?!\w)", clean(text)) for c in concepts if clean(c))
+
+
+@pytest.mark.parametrize(
+    "text, concepts",
+    [
+        ("A dog in the park", ["dog"]),
+        ("hot dogs!", ["dog"]),
+        ("Hot-Dog stand", ["hot dog"]),
+        ("hotdog", ["dog"]),
+        ("dogma", ["dog"]),
+        ("the foxes run", ["fox"]),
+        ("", ["dog"]),
+        ("dog", []),
+        ("dog", [""]),
+        ("hot red dog", ["hot dog"]),
+        ("O’CLOCK", ["o’clock"]),
+        ("a b c d", ["b c"]),
+        ("a b c d", ["b d"]),
+        ("cat. dog", ["cat dog", "bird"]),
+        ("crème brûlée", ["brûlée"]),
+        ("c++ (new)", ["++"]),
+    ],
+)
+def test_mentions_is_a_search_for_whole_words(text, concepts):
+    assert list(mentions([text], concepts)) == [naive_mentions(text, concepts)]
+
+
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from(["dog", "dogs", "fox", "foxes", "hot", "Hot-Dog", "ma"]), max_size=5).map(" ".join),
+        max_size=4,
+    ),
+    concepts=st.lists(st.sampled_from(["dog", "hot dog", "fox", "ma ma", "hot"]), max_size=3),
+)
+def test_mentions_agrees_with_a_naive_search(texts, concepts):
+    assert list(mentions(texts, concepts)) == [naive_mentions(t, concepts) for t in texts]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_words_share_no_caption_and_no_base_concept_with_validation_or_test(seed, openmoji_rows):
+    split = split_by_base([r["base"] for r in openmoji_rows], seed)
+    held_out = {
+        openmoji_rows[i][column] for part in (split.val, split.test) for i in part for column in ("caption", "base")
+    }
+    words = load_words(2000, held_out)
+    assert len(words) == len(set(words)) == 2000
+    any_concept = re.compile(
+        "|".join(rf"\b{re.escape(c.lower())}(e?s)?\b" for c in sorted(held_out, key=len, reverse=True))
+    )
+    assert not [w for w in words if any_concept.search(w)]
+    assert not {w.lower() for w in words} & {c.lower() for c in held_out}
+    assert not {base_concept(w) for w in words} & {
+        openmoji_rows[i]["base"] for part in (split.val, split.test) for i in part
+    }
+
+
+def test_words_are_deterministic_frequent_first_and_really_filtered():
+    assert load_words(50, []) == load_words(80, [])[:50]
+    assert "the" in load_words(20, []) and "the" not in load_words(20, ["the"])
+
+
+# ---- writing
+
+
+def test_a_file_appears_whole(tmp_path):
+    target = tmp_path / "new" / "file.txt"
+    assert write_atomically(target, lambda part: part.write_text("whole")) == target
+    assert target.read_text() == "whole" and [p.name for p in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_who_reads_the_old_file_goes_on_reading_it(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with open(target) as reader:
+        write_atomically(target, lambda part: part.write_text("new"))
+        assert reader.read() == "old" and target.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_failed_write_leaves_no_trace_and_keeps_the_old_file(error, old, tmp_path):
+    target = tmp_path / "file.txt"
+    if old:
+        target.write_text(old)
+
+    def fail(part):
+        part.write_text("half")
+        assert not target.exists() or target.read_text() == old  # nobody sees half a file
+        raise error
+
+    with pytest.raises(error):
+        write_atomically(target, fail)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([old] if old else [])
+
+
+def test_the_cache_folder_is_where_the_environment_says(tmp_path):
+    assert cache_dir() == tmp_path / "cache" and cache_dir().is_dir()
+
+
+# ---- drawings
+
+
+def test_an_svg_is_drawn_on_white(tmp_path):
+    file = tmp_path / "half.svg"
+    file.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><rect width="1" height="2" fill="#ff0000"/></svg>'
+    )
+    picture = render_svg(file, 8)
+    assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8
+    assert (picture[:, :4] == (255, 0, 0)).all() and (picture[:, 4:] == 255).all()
+
+
+def test_a_missing_or_broken_svg_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.svg"):
+        render_svg(tmp_path / "gone.svg", 8)
+    (tmp_path / "bad.svg").write_text("no drawing at all")
+    with pytest.raises(ValueError, match="bad.svg"):
+        render_svg(tmp_path / "bad.svg", 8)
+
+
+def test_openmoji_is_drawn_once_then_read_from_the_cache(monkeypatch, openmoji_rows, tmp_path):
+    pairs = load_openmoji(32)
+    n = len(openmoji_rows)
+    assert isinstance(pairs, Pairs) and pairs.images.shape == (n, 32, 32, 3) and pairs.images.dtype == np.uint8
+    assert pairs.captions == [r["caption"] for r in openmoji_rows] and pairs.bases == [r["base"] for r in openmoji_rows]
+    assert pairs.subcategories == [r["subcategory"] for r in openmoji_rows] and len(pairs.categories) == n
+    for i in (0, 700, n - 1):
+        np.testing.assert_array_equal(pairs.images[i], render_svg(openmoji_rows[i]["path"], 32))
+    assert not [p for p in cache_dir().iterdir() if "part" in p.name]
+
+    monkeypatch.setattr("kklip_nb.data.render_svg", lambda *_: pytest.fail("drawn again"))
+    again = load_openmoji(32)
+    np.testing.assert_array_equal(again.images, pairs.images)
+    assert again[1:] == pairs[1:]
+
+    cached = max(cache_dir().rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    whole = cached.read_bytes()
+    foreign = tmp_path / "foreign.npy"
+    np.save(foreign, np.zeros((3, 32, 32, 3), np.uint8))
+    for bad in (
+        b"",
+        b"not an array",
+        whole[:1000],
+        whole[:-1],
+        foreign.read_bytes(),
+    ):  # a corrupt or foreign cache file is named
+        cached.write_bytes(bad)
+        with pytest.raises(ValueError, match=re.escape(cached.name)):
+            load_openmoji(32)
+
+
+# ---- images
+
+
+def red(width, height, mode="RGB"):
+    return Image.new("RGB", (width, height), (255, 0, 0)).convert(mode)
+
+
+@pytest.mark.parametrize("width, height", [(64, 32), (32, 64), (64, 64), (1000, 10), (10, 1000), (8, 4), (3, 3)])
+def test_a_picture_keeps_its_shape_and_is_padded_with_white(width, height):
+    picture = read_image(red(width, height), 16)
+    assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
+    coloured = picture[..., 1] < 128
+    rows, columns = np.flatnonzero(coloured.any(1)), np.flatnonzero(coloured.any(0))
+    scale = 16 / max(width, height)  # the longer side is fitted
+    assert len(columns) == pytest.approx(max(1, width * scale), abs=1) and len(rows) == pytest.approx(
+        max(1, height * scale), abs=1
+    )
+    assert (picture[~coloured] >= 128).all() and np.ptp(rows) + 1 == len(rows) and np.ptp(columns) + 1 == len(columns)
+    assert abs((rows[0]) - (15 - rows[-1])) <= 1 and abs(columns[0] - (15 - columns[-1])) <= 1  # in the middle
+    white = np.ones_like(coloured)
+    white[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = False
+    assert (picture[white] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
+def test_colour_modes_come_out_the_same(mode):
+    np.testing.assert_allclose(read_image(red(16, 16, mode), 16), np.broadcast_to((255, 0, 0), (16, 16, 3)), atol=4)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("L", (8, 8), 100),
+        Image.new("LA", (8, 8), (100, 255)),
+        Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)),
+    ],
+    ids=["L", "LA", "16 bit"],
+)
+def test_grey_pictures_stay_grey(image):
+    np.testing.assert_allclose(read_image(image, 8), 100, atol=1)
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (read_image(clear, 8) == 255).all()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0] + [0] * 765)
+    palette.info["transparency"] = 0
+    palette.save(tmp_path / "palette.png")
+    assert (read_image(tmp_path / "palette.png", 8) == 255).all()
+
+
+def test_a_photo_taken_sideways_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° to show
+    red(64, 32).save(tmp_path / "photo.jpg", exif=exif)
+    assert (read_image(tmp_path / "photo.jpg", 16)[0, 8, 1] < 128) and (
+        read_image(tmp_path / "photo.jpg", 16)[8, 0] == 255
+    ).all()
+
+
+def test_reading_leaves_the_picture_alone():
+    for mode in ("RGB", "RGBA"):
+        image = red(64, 32, mode)
+        read_image(image, 16)
+        assert image.size == (64, 32) and image.mode == mode
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_an_unreadable_image_is_named(content, tmp_path):
+    (tmp_path / "bad.png").write_bytes(content)
+    with pytest.raises(ValueError, match="bad.png"):
+        read_image(tmp_path / "bad.png", 8)
+
+
+def test_a_truncated_a_missing_and_no_image_are_refused(tmp_path, rng):
+    Image.fromarray(rng.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut.png"):
+        read_image(tmp_path / "cut.png", 8)
+    with pytest.raises(ValueError):
+        read_image(Image.open(tmp_path / "cut.png"), 8)  # opened, but not yet read
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        read_image(tmp_path / "gone.png", 8)
+    with pytest.raises(ValueError):
+        read_image(None, 8)
+
+
+# ---- a folder of one's own
+
+
+@pytest.fixture
+def folder(tmp_path):
+    home = tmp_path / "mine"
+    (home / "sub").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "sub/b.jpg", "c.png")):
+        Image.new("RGB", (20, 10), (80 * i, 0, 0)).save(home / name)
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    return home
+
+
+ROWS = [
+    dict(image="a.png", caption="A red, “quoted” fox"),
+    dict(image="sub/b.jpg", caption="Crème brûlée"),
+    dict(image="c.png", caption="a  Red Bus"),
+]
+
+
+def write_csv(file, rows, encoding="utf-8", columns=("image", "caption")):
+    with open(file, "w", newline="", encoding=encoding) as f:
+        writer = csv.writer(f)
+        writer.writerow(columns)
+        writer.writerows([r.values() if isinstance(r, dict) else r for r in rows])
+
+
+def write_jsonl(file, rows):
+    file.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n", encoding="utf-8")
+
+
+def check_pairs(pairs, folder, size=8):
+    assert isinstance(pairs, Pairs) and pairs.images.shape == (3, size, size, 3) and pairs.images.dtype == np.uint8
+    assert pairs.captions == [r["caption"] for r in ROWS] and len(pairs.bases) == 3
+    assert list(pairs.categories) == list(pairs.subcategories) == [None] * 3
+    for picture, row in zip(pairs.images, ROWS):
+        np.testing.assert_array_equal(picture, read_image(folder / row["image"], size))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_folder_with_a_csv(folder, encoding):
+    write_csv(folder / "captions.csv", ROWS, encoding)
+    check_pairs(load_folder(folder, size=8), folder)
+    check_pairs(load_folder(str(folder), size=8), folder)
+
+
+def test_a_folder_with_jsonl_and_columns_of_other_names(folder):
+    write_jsonl(folder / "t.jsonl", ROWS)
+    check_pairs(load_folder(folder, "t.jsonl", size=8), folder)
+    write_jsonl(folder / "u.jsonl", [dict(file=r["image"], text=r["caption"], n=1) for r in ROWS])
+    check_pairs(load_folder(folder, "u.jsonl", image_column="file", caption_column="text", size=8), folder)
+
+
+def test_captions_that_differ_in_case_and_blanks_share_a_base_concept(folder):
+    write_jsonl(
+        folder / "t.jsonl", [dict(image="a.png", caption=c) for c in ("A Red bus", "a red  bus ", "a blue bus")]
+    )
+    bases = load_folder(folder, "t.jsonl", size=8).bases
+    assert bases[0] == bases[1] != bases[2]
+
+
+@pytest.mark.parametrize(
+    "rows, columns, said",
+    [
+        ([("a.png", "")], ("image", "caption"), "(?i)row 0.*caption"),
+        ([("a.png", "fine"), ("c.png", "   ")], ("image", "caption"), "(?i)row 1.*caption"),
+        ([("a.png",)], ("image", "caption"), "(?i)caption"),
+        ([("", "no image named")], ("image", "caption"), "(?i)image"),
+        ([("a.png", "one", "too many")], ("image", "caption"), "captions.csv|too many"),
+        ([("a.png", "fine")], ("image", "text"), "(?s)'caption'.*text"),
+        ([("a.png", "fine")], ("picture", "caption"), "(?s)'image'.*picture"),
+        ([], ("image", "caption"), "(?i)no captions"),
+        ([("bad.png", "not a picture")], ("image", "caption"), "bad.png"),
+    ],
+)
+def test_bad_rows_of_a_csv_are_named(folder, rows, columns, said):
+    (folder / "bad.png").write_bytes(b"no picture")
+    write_csv(folder / "captions.csv", rows, columns=columns)
+    with pytest.raises(ValueError, match=said):
+        load_folder(folder, size=8)
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ('{"image": "a.png", "caption": "fine"}\n{broken', "t.jsonl"),
+        ('{"image": "a.png", "caption": null}', "(?i)caption"),
+        ('{"image": "a.png", "caption": 7}', "7"),
+        ('{"image": null, "caption": "x"}', "(?i)image"),
+        ('["a.png", "fine"]', "a.png|t.jsonl"),
+        ("3", "3|t.jsonl"),
+        ("", "(?i)no captions"),
+        ('{"image": "a.png", "caption": "fine"}\n{"image": "a.png"}', "'caption'"),
+    ],
+)
+def test_bad_rows_of_a_jsonl_are_named(folder, lines, said):
+    (folder / "t.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=said):
+        load_folder(folder, "t.jsonl", size=8)
+
+
+def test_a_table_that_is_no_text_is_named(folder):
+    (folder / "captions.csv").write_bytes("image,caption\na.png,café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="captions.csv"):
+        load_folder(folder, size=8)
+    (folder / "captions.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="captions.xlsx"):
+        load_folder(folder, "captions.xlsx", size=8)
+
+
+def test_missing_files_are_named(folder):
+    with pytest.raises(FileNotFoundError, match="captions.csv"):
+        load_folder(folder)
+    with pytest.raises(FileNotFoundError):
+        load_folder(folder / "nowhere")
+    write_csv(folder / "captions.csv", [("gone.png", "x")])
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "absolute"])
+def test_a_row_cannot_lead_out_of_the_folder(folder, name):
+    name = str(folder.parent / "secret.png") if name == "absolute" else name
+    write_csv(folder / "captions.csv", [(name, "x")])
+    with pytest.raises(ValueError, match="secret.png"):
+        load_folder(folder)
+
+
+# ---- Hugging Face datasets
+
+
+def test_a_list_of_dicts_will_do(folder):
+    check_pairs(load_dataset_pairs([dict(r, image=str(folder / r["image"])) for r in ROWS], size=8), folder)
+    check_pairs(
+        load_dataset_pairs(
+            [dict(text=r["caption"], jpg=Image.open(folder / r["image"])) for r in ROWS], "jpg", "text", 8
+        ),
+        folder,
+    )
+
+
+def test_a_hugging_face_dataset(folder):
+    datasets = pytest.importorskip("datasets")
+    columns = dict(image=[str(folder / r["image"]) for r in ROWS], caption=[r["caption"] for r in ROWS])
+    plain = datasets.Dataset.from_dict(columns)
+    check_pairs(load_dataset_pairs(plain, size=8), folder)
+    check_pairs(load_dataset_pairs(plain.cast_column("image", datasets.Image()), size=8), folder)
+    with pytest.raises(ValueError, match="(?s)'text'.*caption"):
+        load_dataset_pairs(plain, caption_column="text")
+    with pytest.raises(ValueError, match="train"):
+        load_dataset_pairs(datasets.DatasetDict(train=plain))
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([], "(?i)no captions"),
+        ([dict(caption="x")], "'image'"),
+        ([dict(image=None, caption="x")], "(?i)image|None"),
+        ([dict(image=Image.new("RGB", (2, 2)), caption=None)], "(?i)row 0.*caption"),
+        ([dict(image=Image.new("RGB", (2, 2)), caption="x"), dict(image=Image.new("RGB", (2, 2)))], "'caption'"),
+        ([dict(image=Image.new("RGB", (2, 2)), caption=["x", "y"])], "(?i)caption"),
+    ],
+)
+def test_bad_rows_of_a_dataset_are_named(rows, said):
+    with pytest.raises(ValueError, match=said):
+        load_dataset_pairs(rows, size=8)

@@ -1,0 +1,376 @@
+"""Fast metrics against the obvious slow ones."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from kklip_nb.evaluation import (
+    TEMPLATES,
+    alignment,
+    bootstrap_interval,
+    chance_levels,
+    class_features,
+    evaluate,
+    hits_at_k,
+    knn_hits,
+    median_rank,
+    retrieval_recall,
+    seed_interval,
+    uniformity,
+    zero_shot_hits,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def orders_of(scores):
+    "Every order of the candidates that sorts them by falling score: ties come in all their orders."
+    return [
+        p
+        for p in itertools.permutations(range(len(scores)))
+        if all(scores[a] >= scores[b] for a, b in itertools.pairwise(p))
+    ]
+
+
+def first_right(scores, right):
+    "Places (from 1) of the first right answer over all orders of a query's candidates."
+    return [next(place for place, j in enumerate(order, 1) if right[j]) for order in orders_of(scores)]
+
+
+def slow_recall(scores, right, k):
+    "Share of the queries with a right answer among the first k, averaged over all orders of ties."
+    return np.mean([np.mean([place <= k for place in first_right(s, r)]) for s, r in zip(scores, right)])
+
+
+def tied_features(seed, n=5):
+    "Features from a tiny alphabet, so that many cosines tie exactly."
+    rng = np.random.default_rng(seed)
+    choices = np.array([[1.0, 0], [0, 1], [-1, 0], [0.6, 0.8]])
+    return choices[rng.integers(4, size=n)], choices[rng.integers(4, size=n)]
+
+
+# ---- retrieval_recall and median_rank
+
+
+@given(seed=st.integers(0, 9999), ids=st.none() | st.lists(st.sampled_from("abc"), min_size=5, max_size=5))
+def test_recall_and_median_rank_are_averages_over_all_orders_of_ties(seed, ids):
+    images, texts = tied_features(seed)
+    scores = images @ texts.T
+    right = np.eye(5, dtype=bool) if ids is None else np.array([[a == b for b in ids] for a in ids])
+    recall = retrieval_recall(images, texts, ks=(1, 2, 3, 5), text_ids=ids)
+    ranks = median_rank(images, texts, text_ids=ids)
+    for way, s, r in (("i2t", scores, right), ("t2i", scores.T, right.T)):
+        s = np.round(s, 9)
+        for k in (1, 2, 3, 5):
+            assert recall[f"{way}_r{k}"] == pytest.approx(slow_recall(s, r, k))
+        assert ranks[f"{way}_median_rank"] == pytest.approx(
+            np.median([np.mean(first_right(a, b)) for a, b in zip(s, r)])
+        )
+
+
+def test_hits_at_k_is_the_chance_for_each_query():
+    scores = np.array([[3.0, 2, 1], [1, 1, 1], [0, 5, 5]])
+    right = np.array([[0, 1, 0], [1, 0, 1], [1, 0, 0]], bool)
+    for k in (1, 2, 3):
+        expected = [np.mean([place <= k for place in first_right(s, r)]) for s, r in zip(scores, right)]
+        np.testing.assert_allclose(hits_at_k(scores, right, k), expected)
+
+
+def test_keys_and_types_are_plain():
+    recall = retrieval_recall(np.eye(12), np.eye(12))
+    assert set(recall) == {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
+    assert all(type(v) is float and v == 1.0 for v in recall.values())
+    ranks = median_rank(torch.eye(12), torch.eye(12))
+    assert ranks == {"i2t_median_rank": 1.0, "t2i_median_rank": 1.0} and all(type(v) is float for v in ranks.values())
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equal_features_give_k_of_n(n, dtype, rng):
+    x = np.tile(rng.normal(size=(1, 7)).astype(dtype), (n, 1))
+    recall = retrieval_recall(x, x)
+    for k in (1, 5, 10):
+        assert recall[f"i2t_r{k}"] == recall[f"t2i_r{k}"] == pytest.approx(min(1, k / n))
+    assert median_rank(x, x)["i2t_median_rank"] == pytest.approx((n + 1) / 2)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.astype(np.float32), lambda x: torch.from_numpy(x).float(), lambda x: x])
+def test_exact_duplicates_tie_whatever_the_precision(make, rng):
+    x = np.repeat(rng.normal(size=(8, 33)), 2, axis=0)  # each pair occurs twice
+    recall = retrieval_recall(make(x), make(x), ks=(1, 2))
+    assert recall == pytest.approx({"i2t_r1": 0.5, "t2i_r1": 0.5, "i2t_r2": 1.0, "t2i_r2": 1.0})
+
+
+def test_rows_with_equal_ids_are_right_for_each_other():
+    images, texts = np.eye(3), np.eye(3)[[1, 0, 2]]  # the first two captions are swapped
+    assert retrieval_recall(images, texts, ks=(1,))["i2t_r1"] == pytest.approx(1 / 3)
+    for ids in (["a", "a", "b"], [7, 7, 8], np.array([7, 7, 8]), torch.tensor([7, 7, 8])):
+        assert retrieval_recall(images, texts, ks=(1,), text_ids=ids)["i2t_r1"] == 1
+    assert retrieval_recall(images, texts, ks=(1,), text_ids=["a", "b", "c"])["i2t_r1"] == pytest.approx(1 / 3)
+
+
+@given(order=st.permutations(range(7)), seed=st.integers(0, 999))
+def test_permuting_the_rows_changes_no_metric(order, seed):
+    rng, order = np.random.default_rng(seed), list(order)
+    images, texts, ids = rng.normal(size=(7, 3)), rng.normal(size=(7, 3)), rng.integers(4, size=7)
+    for metric in (retrieval_recall, median_rank):
+        assert metric(images, texts, text_ids=ids) == pytest.approx(
+            metric(images[order], texts[order], text_ids=ids[order])
+        )
+
+
+@given(seed=st.integers(0, 999), a=st.floats(1e-3, 1e3))
+def test_the_length_of_features_changes_no_recall(seed, a):
+    rng = np.random.default_rng(seed)
+    images, texts = rng.normal(size=(2, 7, 3))
+    lengths = a * rng.uniform(0.1, 9, size=(7, 1))
+    assert retrieval_recall(images * lengths, texts) == retrieval_recall(images, texts)
+
+
+@pytest.mark.parametrize("metric", [retrieval_recall, median_rank, alignment])
+@pytest.mark.parametrize(
+    "images, texts, said",
+    [
+        (np.ones((3, 2)), np.ones((4, 2)), ["(3, 2)", "(4, 2)"]),
+        (np.ones((3, 2)), np.ones((1, 2)), ["(3, 2)", "(1, 2)"]),
+        (np.ones((3, 2)), np.ones((3, 5)), ["(3, 2)", "(3, 5)"]),
+        (np.ones(3), np.ones(3), ["(3,)"]),
+        (np.ones((0, 2)), np.ones((0, 2)), ["(0, 2)"]),
+        (np.full((3, 2), NAN), np.ones((3, 2)), ["image", "NaN"]),
+        (np.ones((3, 2)), np.full((3, 2), INF), ["text", "inf"]),
+    ],
+)
+def test_pair_metrics_refuse_features_that_do_not_match(metric, images, texts, said):
+    with pytest.raises(ValueError) as error:
+        metric(images, texts)
+    for word in said:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5])
+def test_a_k_that_is_no_count_is_refused(k):
+    with pytest.raises(ValueError, match=str(k)):
+        retrieval_recall(np.eye(3), np.eye(3), ks=(k,))
+
+
+@pytest.mark.parametrize("metric", [retrieval_recall, median_rank])
+def test_one_id_a_pair_is_asked_for(metric):
+    with pytest.raises(ValueError, match="2(?s:.*)3"):
+        metric(np.eye(3), np.eye(3), text_ids=["a", "b"])
+
+
+# ---- classification
+
+
+def toy_encode(captions):
+    "A text encoder of six dimensions that looks at letters only."
+    return np.array([[1 + c.count(letter) for letter in "aeiort"] for c in captions], float)
+
+
+def test_class_features_are_the_mean_of_unit_prompts():
+    classes, templates = ["dog", "cat", "tree"], ["{}", "a photo of {}", "the art of {}"]
+    naive = []
+    for name in classes:
+        vectors = [toy_encode([t.format(name)])[0] for t in templates]
+        mean = sum(v / np.linalg.norm(v) for v in vectors) / len(templates)
+        naive.append(mean / np.linalg.norm(mean))
+    for encode in (toy_encode, lambda captions: torch.from_numpy(toy_encode(captions))):
+        np.testing.assert_allclose(class_features(encode, classes, templates), naive)
+    assert all("{}" in t for t in TEMPLATES)
+
+
+def test_zero_shot_takes_the_most_similar_class(rng):
+    images, classifier, classes = rng.normal(size=(30, 4)), unit(rng.normal(size=(5, 4))), list("abcde")
+    truth = [classes[i] for i in rng.integers(5, size=30)]
+    naive = [
+        float(classes[max(range(5), key=lambda j: float(np.dot(x, classifier[j])))] == t) for x, t in zip(images, truth)
+    ]
+    np.testing.assert_array_equal(zero_shot_hits(images, classifier, classes, truth), naive)
+    np.testing.assert_array_equal(zero_shot_hits(1000 * images, classifier, classes, truth), naive)
+
+
+@pytest.mark.parametrize("truth", [["a"], ["a", "b"], ["a", "b", "a", "b"]])
+def test_zero_shot_asks_for_one_true_class_an_image(truth):
+    with pytest.raises(ValueError, match=str(len(truth))):
+        zero_shot_hits(np.eye(3), np.eye(3), list("abc"), truth)
+
+
+@pytest.mark.parametrize("neighbours", [1, 5, 100])
+def test_knn_equals_a_naive_vote(neighbours, rng):
+    train, test = rng.normal(size=(40, 3)), rng.normal(size=(25, 3))
+    train_classes, classes = rng.choice(list("abc"), 40), rng.choice(list("abc"), 25)
+    naive = []
+    for x, true in zip(unit(test), classes):
+        distances = [1 - float(np.dot(x, y)) for y in unit(train)]
+        votes = dict.fromkeys("abc", 0.0)
+        for j in sorted(range(40), key=distances.__getitem__)[:neighbours]:
+            votes[train_classes[j]] += 1 / distances[j]
+        naive.append(float(max(votes, key=votes.get) == true))
+    np.testing.assert_array_equal(knn_hits(train, list(train_classes), test, list(classes), neighbours), naive)
+
+
+def test_knn_is_perfect_on_its_own_rows_and_on_far_groups(rng):
+    train = rng.normal(size=(20, 4))
+    assert knn_hits(train, [str(i) for i in range(20)], train, [str(i) for i in range(20)], 1).mean() == 1
+    x = np.repeat(np.eye(3), 10, axis=0) + 0.05 * rng.normal(size=(30, 3))
+    assert knn_hits(x, list("a" * 10 + "b" * 10 + "c" * 10), np.eye(3), list("abc")).mean() == 1
+
+
+@pytest.mark.parametrize(
+    "train_classes, classes, said", [(["a"] * 3, ["a"] * 2, "3"), (["a"] * 4, ["a"], "1"), (["a"] * 4, ["a"] * 3, "3")]
+)
+def test_knn_asks_for_one_class_a_row(train_classes, classes, said):
+    with pytest.raises(ValueError, match=said):
+        knn_hits(np.eye(4), train_classes, np.eye(4)[:2], classes)
+
+
+# ---- alignment and uniformity
+
+
+def test_alignment_and_uniformity_equal_naive_loops(rng):
+    images, texts = rng.normal(size=(2, 9, 4))
+    a, b = unit(images), unit(texts)
+    assert alignment(images, texts) == pytest.approx(sum(math.dist(p, q) ** 2 for p, q in zip(a, b)) / 9)
+    for t in (2.0, 0.5):
+        energies = [math.exp(-t * math.dist(a[i], a[j]) ** 2) for i in range(9) for j in range(9) if i != j]
+        assert uniformity(images, t) == pytest.approx(math.log(sum(energies) / len(energies)))
+    assert uniformity(images) == pytest.approx(uniformity(torch.from_numpy(images)))
+
+
+def test_closed_forms_of_alignment_and_uniformity():
+    poles = np.array([[0.0, 3], [0, -5]])
+    assert alignment(poles, poles) == pytest.approx(0)
+    assert alignment(poles, -poles) == pytest.approx(4)
+    assert alignment(poles, poles[:, ::-1]) == pytest.approx(2)  # right angles
+    assert uniformity(poles) == pytest.approx(-8)  # squared distance 4 at t = 2
+    assert uniformity(np.eye(6)) == pytest.approx(-4)  # squared distance 2 at t = 2
+    assert uniformity(np.ones((5, 3))) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    "features, said", [(np.ones((1, 4)), "one|1"), (np.ones(4), r"\(4,\)"), (np.full((2, 2), NAN), "NaN")]
+)
+def test_uniformity_refuses_what_has_no_pairs(features, said):
+    with pytest.raises(ValueError, match=said):
+        uniformity(features)
+
+
+# ---- intervals and chance
+
+
+def test_the_bootstrap_interval_agrees_with_the_normal_one(rng):
+    values = rng.normal(3, 2, size=400)
+    low, high = bootstrap_interval(values)
+    error = 1.96 * values.std() / math.sqrt(400)
+    assert low < values.mean() < high
+    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.1 * error)
+    assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5)
+    assert bootstrap_interval([0.25] * 10) == pytest.approx((0.25, 0.25))
+
+
+def test_the_bootstrap_interval_covers_the_truth_about_95_times_in_100(rng):
+    covered = [
+        low <= 0.3 <= high for low, high in (bootstrap_interval(rng.random(60) < 0.3, draws=400) for _ in range(200))
+    ]
+    assert 0.88 <= np.mean(covered) <= 0.99
+
+
+def test_items_that_stand_and_fall_together_widen_the_interval(rng):
+    values, groups = np.repeat(rng.normal(size=30), 10), np.repeat(np.arange(30), 10)
+    alone, together = bootstrap_interval(values), bootstrap_interval(values, groups)
+    ratio = (together[1] - together[0]) / (alone[1] - alone[0])
+    assert ratio == pytest.approx(math.sqrt(10), rel=0.25)
+    names = [f"base {g}" for g in groups]
+    assert together[0] < values.mean() < together[1] and bootstrap_interval(values, names)[0] < values.mean()
+
+
+def test_each_item_its_own_group_is_the_plain_bootstrap(rng):
+    values = rng.normal(size=50)
+    plain, grouped = bootstrap_interval(values), bootstrap_interval(values, list(range(50)))
+    assert plain == pytest.approx(grouped, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "values, groups, said",
+    [([], None, "0|empty|no values"), ([1.0, 2, 3], ["a", "b"], "2"), ([1.0, NAN], None, "(?i)nan")],
+)
+def test_the_bootstrap_refuses_what_has_no_mean(values, groups, said):
+    with pytest.raises(ValueError, match=said):
+        bootstrap_interval(values, groups)
+
+
+def test_the_seed_interval_is_students():
+    values = [0.31, 0.35, 0.29, 0.40, 0.33]
+    mean, half = seed_interval(values)
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert seed_interval([2.0, 2.0]) == pytest.approx((2, 0))
+
+
+@pytest.mark.parametrize("values", [[], [0.5]])
+def test_one_seed_gives_no_interval(values):
+    with pytest.raises(ValueError, match=str(len(values))):
+        seed_interval(values)
+
+
+def test_chance_is_what_random_features_get(rng):
+    classes, test = [None] * 5 + list("abcd") * 10, np.arange(5, 45)
+    chance = chance_levels(classes, test)
+    runs = []
+    for _ in range(150):
+        images, texts = rng.normal(size=(2, 40, 8))
+        guess = zero_shot_hits(images, unit(rng.normal(size=(4, 8))), list("abcd"), [classes[i] for i in test]).mean()
+        runs.append(retrieval_recall(images, texts) | median_rank(images, texts) | {"zero_shot": guess})
+    for name, level in chance.items():
+        if name not in runs[0]:
+            continue
+        got = np.array([r[name] for r in runs])
+        assert abs(got.mean() - level) < 5 * stats.sem(got) + 1e-9, name
+    assert set(runs[0]) <= set(chance)
+
+
+def test_chance_never_passes_one():
+    assert chance_levels(["a", "b", "c"], np.arange(3))["i2t_r10"] == 1
+
+
+# ---- evaluate
+
+
+def test_a_perfect_student_scores_full_marks():
+    names = ["dog", "cat", "tree", "boat"]
+    codes = np.eye(4)
+    classes = [names[i % 4] for i in range(24)]
+    features = np.stack(
+        [codes[i % 4] + 0.01 * np.sin(np.arange(4) + i) for i in range(24)]
+    )  # each row a little its own
+
+    def encode(captions):
+        return np.array([next(codes[j] for j, n in enumerate(names) if n in c) for c in captions])
+
+    scores = evaluate(features, features, encode, classes, np.arange(12), np.arange(12, 24))
+    for name in ("i2t_r1", "t2i_r1", "i2t_median_rank", "t2i_median_rank", "zero_shot", "knn_image", "knn_text"):
+        assert scores[name] == 1, name
+    assert scores["alignment"] == pytest.approx(0) and all(type(v) is float for v in scores.values())
+    assert scores["uniformity_image"] == pytest.approx(uniformity(features[12:]))
+
+
+def test_training_rows_and_unknown_classes_do_not_count(rng):
+    classes = [None, "dog", "cat", "dog", "cat", None, "dog", "cat"]
+    features, train, test = rng.normal(size=(8, 3)), np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7])
+    encode = lambda captions: np.array([[1.0, 0, 0] if "dog" in c else [0, 1.0, 0] for c in captions])
+    scores = evaluate(features, features[::-1].copy(), encode, classes, train, test)
+    changed = features.copy()
+    changed[train] = 99.0
+    assert evaluate(changed, features[::-1].copy(), encode, classes, train, test)["i2t_r1"] == scores["i2t_r1"]
+    guesses = ["dog" if x[0] > x[1] else "cat" for x in features[[4, 6, 7]]]
+    assert scores["zero_shot"] == pytest.approx(np.mean([g == classes[i] for g, i in zip(guesses, (4, 6, 7))]))

@@ -1,0 +1,104 @@
+"""The notebooks as files: first cells, pictures, exercises and solutions, recordings, and that all is in step."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(ROOT.glob("nbs/[0-9]*.ipynb"))
+NAMES = [p.stem for p in NOTEBOOKS]
+
+
+def cells(path: Path) -> list[dict]:
+    "The cells with their source as one string."
+    return [c | {"source": "".join(c["source"])} for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+def exercises(path: Path) -> list[str]:
+    "Stub, check, stub, check …: the cells left for the reader, without their directive."
+    marked = [c["source"] for c in cells(path) if c["source"].startswith("#| exercise")]
+    return [s.split("\n", 1)[1] for s in marked]
+
+
+def test_all_eight_notebooks_are_here():
+    assert [n[3:] for n in NAMES[:8]] == ["data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_first_cell_is_title_and_description(path):
+    first = cells(path)[0]
+    assert first["cell_type"] == "markdown"
+    assert re.match(r"# \S.*\n+> \S", first["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_a_picture_and_no_error_is_saved(path):
+    outputs = [o for c in cells(path) if c["cell_type"] == "code" for o in c["outputs"]]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert not any(o["output_type"] == "error" for o in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_no_cell_is_longer_than_thirty_lines(path):
+    for cell in cells(path):
+        if cell["cell_type"] == "code":
+            assert len([r for r in cell["source"].splitlines() if r.strip() and not r.strip().startswith("#")]) <= 30
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_unfilled_exercises_fail_their_checks(path):
+    marked = exercises(path)
+    assert len(marked) % 2 == 0 and 2 <= len(marked) // 2 <= 4
+    for stub, check in zip(marked[::2], marked[1::2]):
+        namespace: dict = {}
+        exec(stub, namespace)
+        with pytest.raises(Exception): exec(check, namespace)  # noqa: B017
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_solutions_hold_the_same_checks_and_pass(path):
+    solved = [c["source"] for c in cells(ROOT / "nbs" / "solutions" / path.name) if c["cell_type"] == "code"]
+    for check in exercises(path)[1::2]: assert check.strip() in [s.strip() for s in solved]
+
+
+def test_saved_outputs_belong_to_the_code():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "run_notebooks.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_changed_cell_makes_the_outputs_stale(tmp_path):
+    import nbformat
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from run_notebooks import code_hash
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    before = code_hash(notebook)
+    next(c for c in notebook.cells if c.cell_type == "code").source += "\n1 + 1"
+    assert code_hash(notebook) != before == notebook.metadata["kklip_nb"]["code"]
+
+
+def test_readme_is_the_index_notebook():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "make_readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_recordings_are_small_and_say_where_they_come_from():
+    from safetensors import safe_open
+    files = sorted((ROOT / "nbs" / "recorded").glob("*.safetensors"))
+    assert files and sum(f.stat().st_size for f in files) <= 15e6
+    for file in files:
+        with safe_open(file, framework="numpy") as opened: metadata = opened.metadata()
+        assert {"teacher", "pooling", "layer", "prompt", "captions"} <= set(metadata), file.name
+        assert "sha256:" in metadata["teacher"]
+
+
+def test_no_path_of_a_machine_and_no_registry_host():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    bad = re.compile(r"/(root|home|work)/\w|files\.pythonhosted|pypi\.org/simple")
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in {".safetensors", ".png"} or path == Path(__file__): continue
+        assert not bad.search(path.read_text(encoding="utf-8", errors="ignore")), name

@@ -1,0 +1,65 @@
+"""What is installed: which files, what importing costs, and what it does not import."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import kklip_nb
+
+MODULES = ["data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization"]
+ORDER = {name: place for place, name in enumerate(MODULES)}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(code: str) -> str:
+    "Run code in a fresh interpreter from another folder and return what it prints."
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.sep)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif("KKLIP_SITE" not in os.environ, reason="only where the package was installed for the tests")
+def test_the_installed_package_is_tested():
+    assert Path(kklip_nb.__file__).resolve().is_relative_to(Path(os.environ["KKLIP_SITE"]).resolve())
+
+
+def test_version():
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    assert f"version = {kklip_nb.__version__}\n" in settings
+    assert version("kklip_nb") == kklip_nb.__version__
+
+
+def test_type_marker_and_configurations_are_installed():
+    folder = Path(kklip_nb.__file__).parent
+    assert (folder / "py.typed").exists()
+    assert (folder / "configs" / "kklip-laptop.json").exists()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_notebook_tool_is_imported(module):
+    loaded = run(f"import sys, kklip_nb.{module}; print(*{{m.split('.')[0] for m in sys.modules}})").split()
+    assert not {"nbdev", "fastcore", "execnb", "IPython", "jupyter_client", "ipykernel"} & set(loaded)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    import re
+    source = (Path(kklip_nb.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+    used = re.findall(r"^\s*from kklip_nb\.(\w+) import", source, re.M)
+    allowed = [m for m in MODULES if ORDER[m] < ORDER[module]]
+    assert set(used) <= set(allowed) and "import kklip_nb" not in source
+
+
+def test_losses_imports_torch_alone():
+    torch_only = set(run("import sys, torch, torch.nn.functional, math; print(*sys.modules)").split())
+    with_losses = set(run("import sys, kklip_nb.losses; print(*sys.modules)").split())
+    assert with_losses - torch_only <= {"kklip_nb", "kklip_nb.losses"}
+
+
+def test_importing_losses_costs_at_most_50_ms_beyond_torch():
+    code = "import time, torch, torch.nn.functional; t = time.perf_counter(); import kklip_nb.losses; print(time.perf_counter() - t)"
+    assert min(float(run(code)) for _ in range(3)) < 0.05
