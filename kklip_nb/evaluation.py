@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
-# %% ../nbs/06_evaluation.ipynb #44e67d85
+# %% ../nbs/06_evaluation.ipynb #c3091a64
 def _unit_rows(name: str, features: Any) -> np.ndarray:
     "(n, d) float64 rows of length one, or a ValueError that says what was given."
     x = features.detach().cpu().double().numpy() if isinstance(features, torch.Tensor) else np.asarray(features, np.float64)
@@ -24,22 +24,14 @@ def _unit_rows(name: str, features: Any) -> np.ndarray:
     if not np.isfinite(x).all(): raise ValueError(f"{name} holds NaN or infinite values; the model has diverged or the input is broken")
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
+# %% ../nbs/06_evaluation.ipynb #1ad9732d
+def _hit_chance(places: int, ties: int, good: int) -> float:
+    "Chance that one of `good` among `ties` equals lands in the first `places` of a random order."
+    if places <= 0: return 0.0
+    if places > ties - good: return 1.0
+    return 1.0 - math.comb(ties - good, places) / math.comb(ties, places)
 
-def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
-    "(n, n) cosines of images with texts; rounded, so that equal features tie whatever the order of summation."
-    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
-    if images.shape != texts.shape: raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
-    return np.round(images @ texts.T, 10)
-
-
-def _right_answers(n: int, text_ids: Sequence | None) -> np.ndarray:
-    "(n, n) booleans: is text j a right answer to image i?"
-    if text_ids is None: return np.eye(n, dtype=bool)
-    if len(text_ids) != n: raise ValueError(f"{len(text_ids)} text_ids for {n} pairs; expected one a pair")
-    _, ids = np.unique(np.asarray([str(i) for i in text_ids]), return_inverse=True)
-    return ids[:, None] == ids
-
-# %% ../nbs/06_evaluation.ipynb #1a0242df
+# %% ../nbs/06_evaluation.ipynb #82fc207c
 def hits_at_k(
     similarities: np.ndarray,  # (n, m) of n queries with m candidates
     right: np.ndarray,  # (n, m) booleans: the right answers of each query, at least one
@@ -52,12 +44,28 @@ def hits_at_k(
     ties, good = tied.sum(1), (tied & right).sum(1)
     return np.array([_hit_chance(k - a, t, g) for a, t, g in zip(above, ties, good)])
 
+# %% ../nbs/06_evaluation.ipynb #99562fd2
+def _first_place(similarities: np.ndarray, right: np.ndarray) -> np.ndarray:
+    "(n,) expected place of each query's first right answer, from 1."
+    best = np.where(right, similarities, -np.inf).max(1, keepdims=True)
+    tied = similarities == best
+    ties, good = tied.sum(1), (tied & right).sum(1)
+    return (similarities > best).sum(1) + (ties + 1) / (good + 1)
 
-def _hit_chance(places: int, ties: int, good: int) -> float:
-    "Chance that one of `good` among `ties` equals lands in the first `places` of a random order."
-    if places <= 0: return 0.0
-    if places > ties - good: return 1.0
-    return 1.0 - math.comb(ties - good, places) / math.comb(ties, places)
+# %% ../nbs/06_evaluation.ipynb #3064aaab
+def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
+    "(n, n) cosines of images with texts; rounded, so that equal features tie whatever the order of summation."
+    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
+    if images.shape != texts.shape: raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
+    return np.round(images @ texts.T, 10)
+
+# %% ../nbs/06_evaluation.ipynb #91eed7d4
+def _right_answers(n: int, text_ids: Sequence | None) -> np.ndarray:
+    "(n, n) booleans: is text j a right answer to image i?"
+    if text_ids is None: return np.eye(n, dtype=bool)
+    if len(text_ids) != n: raise ValueError(f"{len(text_ids)} text_ids for {n} pairs; expected one a pair")
+    _, ids = np.unique(np.asarray([str(i) for i in text_ids]), return_inverse=True)
+    return ids[:, None] == ids
 
 # %% ../nbs/06_evaluation.ipynb #ff7967fb
 def retrieval_recall(
@@ -73,7 +81,7 @@ def retrieval_recall(
     return {f"{way}_r{k}": float(hits_at_k(s, r, min(k, len(s))).mean())
             for way, s, r in (("i2t", similarities, right), ("t2i", similarities.T, right.T)) for k in ks}
 
-# %% ../nbs/06_evaluation.ipynb #4e2b8c92
+# %% ../nbs/06_evaluation.ipynb #5f555f07
 def median_rank(
     image_features: np.ndarray | torch.Tensor,  # (n, d)
     text_features: np.ndarray | torch.Tensor,  # (n, d) row i belongs to image i
@@ -84,13 +92,6 @@ def median_rank(
     right = _right_answers(len(similarities), text_ids)
     return {f"{way}_median_rank": float(np.median(_first_place(s, r)))
             for way, s, r in (("i2t", similarities, right), ("t2i", similarities.T, right.T))}
-
-
-def _first_place(similarities: np.ndarray, right: np.ndarray) -> np.ndarray:
-    best = np.where(right, similarities, -np.inf).max(1, keepdims=True)
-    tied = similarities == best
-    ties, good = tied.sum(1), (tied & right).sum(1)
-    return (similarities > best).sum(1) + (ties + 1) / (good + 1)
 
 # %% ../nbs/06_evaluation.ipynb #0ad42524
 TEMPLATES = ("{}", "a drawing of {}", "an emoji of {}", "a picture of {}")
@@ -104,18 +105,19 @@ def class_features(
     per_template = [_unit_rows("text features", encode([t.format(c) for c in classes])) for t in templates]
     return _unit_rows("class features", np.mean(per_template, axis=0))
 
-# %% ../nbs/06_evaluation.ipynb #a28c26a6
+# %% ../nbs/06_evaluation.ipynb #cf1cb663
 def zero_shot_hits(
     image_features: np.ndarray | torch.Tensor,  # (n, d)
     text_classifier: np.ndarray,  # (classes, d) from class_features
     classes: Sequence[str],  # class names, in the order of text_classifier
     truth: Sequence[str],  # n true class names
-) -> np.ndarray:  # (n,) 1.0 where the most similar class is the true one
+) -> np.ndarray:  # (n,) 1.0 where the most similar class is the true one, 0.0 where not; a tie counts its expected value
     "Which images are classified rightly with nothing but class names."
-    guess = (_unit_rows("image_features", image_features) @ text_classifier.T).argmax(1)
-    return np.array([classes[g] == t for g, t in zip(guess, truth)], dtype=float)
+    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_classifier", text_classifier)
+    if len(truth) != len(images): raise ValueError(f"{len(truth)} true classes for {len(images)} images; expected one each")
+    return hits_at_k(np.round(images @ texts.T, 10), np.asarray(truth)[:, None] == np.asarray(classes), 1)
 
-# %% ../nbs/06_evaluation.ipynb #5cb058f2
+# %% ../nbs/06_evaluation.ipynb #cd5f68aa
 def knn_hits(
     train_features: np.ndarray | torch.Tensor,  # (m, d)
     train_classes: Sequence[str],  # m classes
@@ -123,21 +125,24 @@ def knn_hits(
     classes: Sequence[str],  # n true classes
     neighbours: int = 5,  # how many vote
 ) -> np.ndarray:  # (n,) 1.0 where the vote is right
-    "How good one encoder alone is: classify by the most similar training rows, weighted by similarity."
+    "How good one encoder alone is: classify by the most similar training rows, weighted by one over cosine distance."
     train, test = _unit_rows("train_features", train_features), _unit_rows("features", features)
+    for rows, names in ((train, train_classes), (test, classes)):
+        if len(rows) != len(names): raise ValueError(f"{len(names)} classes for {len(rows)} rows; expected one each")
     knn = KNeighborsClassifier(min(neighbours, len(train)), metric="cosine", algorithm="brute", weights="distance")
     return (knn.fit(train, list(train_classes)).predict(test) == np.asarray(classes)).astype(float)
 
-# %% ../nbs/06_evaluation.ipynb #a23d2635
+# %% ../nbs/06_evaluation.ipynb #ac6744c8
 def alignment(
     image_features: np.ndarray | torch.Tensor,  # (n, d)
     text_features: np.ndarray | torch.Tensor,  # (n, d) row i belongs to image i
 ) -> float:  # 0 (best) … 4
     "Mean squared distance of the two unit vectors of a pair (Wang and Isola 2020)."
     images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
+    if images.shape != texts.shape: raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
     return float(((images - texts) ** 2).sum(1).mean())
 
-
+# %% ../nbs/06_evaluation.ipynb #ffb77ddf
 def uniformity(
     features: np.ndarray | torch.Tensor,  # (n, d) of n ≥ 2 rows
     t: float = 2.0,  # sharpness
@@ -148,7 +153,7 @@ def uniformity(
     squared = np.maximum(2 - 2 * (x @ x.T)[np.triu_indices(len(x), 1)], 0)
     return float(np.log(np.exp(-t * squared).mean()))
 
-# %% ../nbs/06_evaluation.ipynb #50462ca0
+# %% ../nbs/06_evaluation.ipynb #7c73ca67
 def bootstrap_interval(
     values: Sequence[float],  # one number a test item, such as 0 or 1 for a hit
     groups: Sequence | None = None,  # items of one group are drawn together, such as a base concept
@@ -157,14 +162,18 @@ def bootstrap_interval(
 ) -> tuple[float, float]:  # 95 % interval of the mean
     "What the mean could have been with other test items: resamples items, or whole groups of them."
     values = np.asarray(values, float)
-    _, group = np.unique(np.asarray(groups if groups is not None else range(len(values))), return_inverse=True)
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    if not len(values): raise ValueError("no values; give at least one")
+    if not np.isfinite(values).all(): raise ValueError("values hold NaN or infinite numbers; drop or mend these items first")
+    if len(groups) != len(values): raise ValueError(f"{len(groups)} groups for {len(values)} values; expected one each")
+    _, group = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
-
+# %% ../nbs/06_evaluation.ipynb #4df76a17
 def seed_interval(
     values: Sequence[float],  # one number a seed, or one paired difference a seed; at least 2
 ) -> tuple[float, float]:  # mean, half width of the 95 % interval
@@ -173,7 +182,7 @@ def seed_interval(
     if len(values) < 2: raise ValueError(f"{len(values)} seed gives no interval; run at least 2")
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
 
-# %% ../nbs/06_evaluation.ipynb #4e2a0f5b
+# %% ../nbs/06_evaluation.ipynb #76256895
 def evaluate(
     image_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
     text_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
@@ -194,13 +203,17 @@ def evaluate(
     scores["alignment"] = alignment(images[test], texts[test])
     return {k: float(v) for k, v in scores.items()}
 
-
+# %% ../nbs/06_evaluation.ipynb #36d46725
 def chance_levels(
     classes: Sequence[str | None],  # n classes of all pairs
     test: np.ndarray,  # rows that are scored
+    train: np.ndarray | None = None,  # rows that the neighbours come from; without them, no level for neighbours
 ) -> dict[str, float]:
     "What guessing gives on the same rows: any order for retrieval, any class name, any training row's class."
     n, names = len(test), {c for c in classes if c is not None}
-    recall = {f"{way}_r{k}": min(1.0, k / n) for way in ("i2t", "t2i") for k in (1, 5, 10)}
-    ranks = {f"{way}_median_rank": (n + 1) / 2 for way in ("i2t", "t2i")}
-    return recall | ranks | {"zero_shot": 1 / len(names)}
+    levels = {f"{way}_r{k}": min(1.0, k / n) for way in ("i2t", "t2i") for k in (1, 5, 10)}
+    levels |= {f"{way}_median_rank": (n + 1) / 2 for way in ("i2t", "t2i")}
+    levels["zero_shot"] = 1 / len(names)
+    if train is None: return levels
+    voters, scored = (np.array([classes[i] for i in rows if classes[i] is not None]) for rows in (train, test))
+    return levels | dict.fromkeys(("knn_image", "knn_text"), float((voters[:, None] == scored).mean()))

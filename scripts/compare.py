@@ -13,6 +13,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from pipeline import load_material
@@ -109,10 +110,31 @@ def _cell(metric: str, e: dict) -> str:
     return f"{scale * e['mean']:.{digits}f} ± {scale * e['half_width']:.{digits}f}{star}"
 
 
+def draw(table: list[dict]) -> None:
+    "results/comparison.png: paired differences to plain CLIP with their intervals."
+    rows = [r for r, (_, base) in ROWS.items() if r != base]
+    metrics = [m for m in SHOWN if "rank" not in m]
+    figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    for place, (row, marker) in enumerate(zip(rows, "osD^v")):
+        mine = [next((e for e in table if e["row"] == row and e["metric"] == m), None) for m in metrics]
+        if None in mine: continue
+        x = np.arange(len(metrics)) + (place - (len(rows) - 1) / 2) * 0.16
+        ax.errorbar(x, [100 * e["difference"] for e in mine], [100 * e["difference_half_width"] for e in mine], fmt=marker,
+                    capsize=3, color=plt.cm.viridis(place / len(rows)), label=f"{row} − {mine[0]['compared_with']}")
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xticks(range(len(metrics)), [SHOWN[m] for m in metrics])
+    ax.set(ylabel="difference in points", title="KKLIP against the plain CLIP of the same start: above the line is better\n"
+           "(mean over five seeds, 95 % interval of the paired difference, held-out concepts)")
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
+    figure.savefig(ROOT / "results" / "comparison.png", dpi=100, metadata={"Software": ""})
+    plt.close(figure)
+
+
 def write_tables(runs: list[dict], material_classes: list, bases: list[str]) -> str:
     "results/comparison.csv and .md from the runs."
     table = summarise(runs)
     write_rows(ROOT / "results" / "comparison.csv", [{k: f"{v:.5f}" if isinstance(v, float) else v for k, v in e.items()} for e in table])
+    draw(table)
     text = markdown(table, chance_levels(material_classes, split_by_base(bases).test))
     write_atomically(ROOT / "results" / "comparison.md", lambda part: part.write_text(text, encoding="utf-8"))
     return text

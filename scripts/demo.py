@@ -1,6 +1,6 @@
 """The main job, without a browser: captions, teacher, concepts, plain CLIP and KKLIP from the same start, evaluation.
 
-    python scripts/demo.py            # writes outputs/; a second run finds its caches
+    python scripts/demo.py [--out outputs]     # a second run finds its caches
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from kklip_nb.student import tokenize
 from kklip_nb.training import LAPTOP, Material, Recipe, Run, run_key, run_recipe
 from kklip_nb.visualization import concept_names, plot_concepts, plot_images, plot_similarities, umap_project
 
-OUT = ROOT / "outputs"
+OUT = ROOT / (sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "outputs")
 RECIPES = {"CLIP": dataclasses.replace(LAPTOP, alpha=0.0, beta=0.0), "KKLIP": LAPTOP}
 CREDIT = "Pictures: OpenMoji, CC BY-SA 4.0"
 
@@ -114,7 +114,7 @@ def draw(runs: dict[str, Run], material: Material, split) -> list[Path]:
 
 
 def main() -> int:
-    OUT.mkdir(exist_ok=True)
+    OUT.mkdir(parents=True, exist_ok=True)
     say("pairs, words and the teacher's embeddings")
     cached = any((cache_dir() / "embeddings").glob("*.safetensors"))
     if cached: print(f"what is in the cache is not computed again: {cache_dir()}")

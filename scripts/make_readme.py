@@ -15,11 +15,19 @@ def readme() -> str:
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.cells = [c for c in notebook.cells if not re.search(r"^\s*#\|\s*hide", c.source, re.M)]
+    notebook.cells = [_output_alone(c) if re.search(r"^\s*#\|\s*echo:\s*false", c.source, re.M) else c for c in notebook.cells]
     for cell in notebook.cells: cell.source = re.sub(r"^\s*#\|.*\n?", "", cell.source, flags=re.M)
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     if resources.get("outputs"): raise SystemExit("index.ipynb has pictures as outputs; link files instead")
     text = text.replace("](../", "](")
     return "<!-- made from nbs/index.ipynb by scripts/make_readme.py: edit the notebook -->\n\n" + text.strip() + "\n"
+
+
+def _output_alone(cell):
+    "A cell whose code is not shown: what it has displayed, as Markdown."
+    texts = [o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})]
+    if not texts: raise SystemExit("a cell of index.ipynb with `echo: false` has no saved Markdown output; run `make notebooks`")
+    return nbformat.v4.new_markdown_cell("".join("".join(t) for t in texts))
 
 
 def main() -> int:

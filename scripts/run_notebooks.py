@@ -7,6 +7,7 @@
 
 import argparse
 import hashlib
+import os
 import re
 import sys
 import time
@@ -69,12 +70,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="run nothing; fail if outputs are older than the code")
     parser.add_argument("--timeout", type=int, default=900, help="seconds a cell may take")
     args = parser.parse_args()
-    paths = [p.resolve() for p in args.notebooks] or sorted(ROOT.glob("nbs/[0-9]*.ipynb")) + sorted(ROOT.glob("nbs/solutions/*.ipynb"))
+    paths = [p.resolve() for p in args.notebooks] or [
+        *sorted(ROOT.glob("nbs/[0-9]*.ipynb")), *sorted(ROOT.glob("nbs/solutions/*.ipynb")), ROOT / "nbs" / "index.ipynb"]
     if args.check:
         old = [str(p.relative_to(ROOT)) for p in paths if stale(p)]
         if old: print("saved outputs do not belong to the code; run `make notebooks`:\n  " + "\n  ".join(old))
         else: print(f"the saved outputs of {len(paths)} notebooks belong to the code")
         return 1 if old else 0
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # it would save a path of this machine
     for path in paths: run(path, args.timeout)
     return 0
 
