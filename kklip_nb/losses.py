@@ -11,23 +11,20 @@ import math
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/04_losses.ipynb #e8929ce1
-def _require(ok: bool, message: str) -> None:
-    if not ok: raise ValueError(message)
-
-
+# %% ../nbs/04_losses.ipynb #91a75f13
 def _check_matrix(name: str, x: torch.Tensor) -> None:
     "A floating (n, d) tensor without NaN or infinity, neither side empty."
-    _require(x.ndim == 2 and x.numel() > 0, f"{name} has shape {tuple(x.shape)}; expected (n, d), neither of them 0")
-    _require(x.is_floating_point(), f"{name} has dtype {x.dtype}; expected floating point")
-    _require(bool(x.isfinite().all()), f"{name} holds NaN or infinite values; look for a learning rate that is too high, "
-                                       "or a broken input row")
+    if x.ndim != 2 or not x.numel(): raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (n, d), neither of them 0")
+    if not x.is_floating_point(): raise ValueError(f"{name} has dtype {x.dtype}; expected floating point")
+    if not x.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite values; look for a learning rate that is too high, or a broken input row")
 
 
 def _check_pair(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> None:
     _check_matrix(name_a, a)
     _check_matrix(name_b, b)
-    _require(a.shape == b.shape, f"{name_a} has shape {tuple(a.shape)}, {name_b} {tuple(b.shape)}; expected the same (n, d)")
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} has shape {tuple(a.shape)}, {name_b} {tuple(b.shape)}; expected the same (n, d)")
 
 # %% ../nbs/04_losses.ipynb #934876e0
 def text_distillation_loss(
@@ -40,23 +37,24 @@ def text_distillation_loss(
     _check_pair("student", student, "teacher", teacher)
     return (student - teacher.detach()).pow(2).sum(dim=1).mean()
 
-# %% ../nbs/04_losses.ipynb #8e8e9fa2
+# %% ../nbs/04_losses.ipynb #d32a9f86
 def _check_probabilities(logits: torch.Tensor, concepts: torch.Tensor) -> None:
     "Rows of probabilities, one for each row of logits."
     _check_pair("logits", logits, "concepts", concepts)
-    _require(bool((concepts >= 0).all()), f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
+    if (concepts < 0).any(): raise ValueError(f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
     sums = concepts.sum(dim=1, dtype=torch.float64)
-    _require(bool(((sums - 1).abs() < 5e-3).all()), f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: "
-                                                     "pass soft_labels, not logits")
+    if ((sums - 1).abs() >= 5e-3).any():
+        raise ValueError(f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: pass soft_labels, not logits")
 
 
 def _check_ids(logits: torch.Tensor, concepts: torch.Tensor) -> None:
     "Integer ids from 0 to k-1, one for each row of logits; -100 is no exception."
     n, k = logits.shape
-    _require(concepts.shape == (n,), f"integer concepts have shape {tuple(concepts.shape)}; expected ({n},) for logits {(n, k)}")
-    _require(concepts.dtype != torch.bool, "concepts are booleans; expected integer ids or rows of probabilities")
+    if concepts.shape != (n,):
+        raise ValueError(f"integer concepts have shape {tuple(concepts.shape)}; expected ({n},) for logits {(n, k)}")
+    if concepts.dtype == torch.bool: raise ValueError("concepts are booleans; expected integer ids or rows of probabilities")
     low, high = int(concepts.min()), int(concepts.max())
-    _require(0 <= low and high < k, f"concept ids run from {low} to {high}; expected 0 … {k - 1} for {k} concepts")
+    if low < 0 or high >= k: raise ValueError(f"concept ids run from {low} to {high}; expected 0 … {k - 1} for {k} concepts")
 
 # %% ../nbs/04_losses.ipynb #da76eca2
 def concept_loss(
@@ -74,14 +72,15 @@ def concept_loss(
     _check_ids(logits, concepts)
     return F.cross_entropy(logits, concepts.long())
 
-# %% ../nbs/04_losses.ipynb #5533627b
+# %% ../nbs/04_losses.ipynb #45aa49f5
 def _check_scale(logit_scale: torch.Tensor | float) -> None:
     scale = torch.as_tensor(logit_scale)
-    _require(scale.numel() == 1, f"logit_scale has shape {tuple(scale.shape)}; expected one number")
+    if scale.numel() != 1: raise ValueError(f"logit_scale has shape {tuple(scale.shape)}; expected one number")
     value = float(scale.detach())
-    _require(math.isfinite(value) and value > 0, f"logit_scale={value}; expected a positive, finite number: pass logit_scale.exp()")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"logit_scale={value}; expected a positive, finite number: pass logit_scale.exp()")
 
-# %% ../nbs/04_losses.ipynb #82286bb0
+# %% ../nbs/04_losses.ipynb #b6a8a729
 def contrastive_loss(
     image_features: torch.Tensor,  # (n, d) of n ≥ 2 pairs; normalised inside
     text_features: torch.Tensor,  # (n, d) row i belongs to image i; normalised inside
@@ -93,14 +92,14 @@ def contrastive_loss(
     (its loss is always 0), a scale that is not positive, NaN or infinite input."""
     _check_pair("image_features", image_features, "text_features", text_features)
     n = len(image_features)
-    _require(n >= 2, "a batch of one pair has no negatives and its loss is always 0; give at least 2 pairs")
+    if n < 2: raise ValueError("a batch of one pair has no negatives and its loss is always 0; give at least 2 pairs")
     _check_scale(logit_scale)
     images, texts = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
     logits = logit_scale * images @ texts.T
     targets = torch.arange(n, device=logits.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
-# %% ../nbs/04_losses.ipynb #001ece31
+# %% ../nbs/04_losses.ipynb #aabfe204
 def kklip_loss(
     distillation: torch.Tensor,  # scalar, from text_distillation_loss
     concept: torch.Tensor,  # scalar, from concept_loss
@@ -117,7 +116,8 @@ def kklip_loss(
     weights = dict(alpha=alpha, beta=beta, gamma=gamma)
     for name, value in {**parts, **weights}.items():
         tensor = torch.as_tensor(value).detach()
-        _require(tensor.ndim == 0, f"{name} has shape {tuple(tensor.shape)}; expected a scalar")
-        _require(bool(tensor.isfinite()), f"{name} is {float(tensor)}; expected a finite number")
-    for name, value in weights.items(): _require(value >= 0, f"{name}={value}; expected a weight of at least 0")
+        if tensor.ndim: raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a scalar")
+        if not tensor.isfinite(): raise ValueError(f"{name} is {float(tensor)}; expected a finite number")
+    for name, value in weights.items():
+        if value < 0: raise ValueError(f"{name}={value}; expected a weight of at least 0")
     return alpha * distillation + beta * concept + gamma * contrastive, parts

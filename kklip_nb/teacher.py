@@ -64,12 +64,12 @@ def packaged_source() -> str:  # the packaged teacher's `source`
     "The packaged teacher's name and hash, known without loading it."
     return f"smollm2 sha256:{file_hash(packaged_teacher())}"
 
-# %% ../nbs/01_teacher.ipynb #ded3afe6
+# %% ../nbs/01_teacher.ipynb #5ae848ca
 def convert_gguf(
     gguf: Path,  # a GGUF file of the Llama architecture
     folder: Path,  # made whole or not at all
 ) -> None:
-    "Unpack quantised weights once into a folder that transformers loads in seconds."
+    "Unpack quantised weights once into a folder that transformers loads quickly."
     from transformers import AutoModel, AutoTokenizer
     model = _plain_llama(AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32))
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,8 @@ ROWS = {
     "CLIP": (PLAIN, "CLIP"),
     "KKLIP": (dict(), "CLIP"),
     "KKLIP without the extra words": (dict(word_batch=0), "CLIP"),
-    "CLIP, random word table": (PLAIN | dict(word_table=False), "CLIP, random word table"),
-    "KKLIP, random word table": (dict(word_table=False), "CLIP, random word table"),
+    "CLIP, word table": (PLAIN | dict(word_table=True), "CLIP, word table"),
+    "KKLIP, word table": (dict(word_table=True), "CLIP, word table"),
     "CLIP, whole image tower": (PLAIN | WHOLE, "CLIP, whole image tower"),
     "KKLIP, whole image tower": (WHOLE, "CLIP, whole image tower"),
 }
@@ -57,7 +57,7 @@ def one_run(row: str, seed: int, material: Material, part: str) -> dict:
     scores = evaluate(run.image_features, run.text_features, encode, material.pairs.subcategories, split.train, getattr(split, part))
     return dict(row=row, seed=seed, part=part, key=run_key(recipe, material.embeddings, split.train),
                 n_test=len(getattr(split, part)), **{k: f"{v:.5f}" for k, v in scores.items()},
-                torch=version("torch"), open_clip=version("open_clip_torch"), machine=f"{platform.machine()}, {torch.get_num_threads()} threads")
+                torch=version("torch"), open_clip=version("open_clip_torch"), machine=f"{platform.machine()}, threads: {torch.get_num_threads()}")
 
 
 def read_runs(path: Path) -> list[dict]:
@@ -135,7 +135,8 @@ def write_tables(runs: list[dict], material_classes: list, bases: list[str]) -> 
     table = summarise(runs)
     write_rows(ROOT / "results" / "comparison.csv", [{k: f"{v:.5f}" if isinstance(v, float) else v for k, v in e.items()} for e in table])
     draw(table)
-    text = markdown(table, chance_levels(material_classes, split_by_base(bases).test))
+    split = split_by_base(bases)
+    text = markdown(table, chance_levels(material_classes, split.test, split.train))
     write_atomically(ROOT / "results" / "comparison.md", lambda part: part.write_text(text, encoding="utf-8"))
     return text
 
@@ -145,7 +146,7 @@ def main() -> int:
     parser.add_argument("--tables", action="store_true", help="run nothing; write the tables again")
     parser.add_argument("--part", choices=("val", "test"), default="test", help="which split is scored")
     args = parser.parse_args()
-    path = ROOT / ("results/runs.csv" if args.part == "test" else "outputs/runs-val.csv")
+    path = ROOT / "results" / ("runs.csv" if args.part == "test" else "runs-val.csv")
     runs = read_runs(path)
     material = load_material(LAPTOP, progress=True)
     todo = [(row, seed) for seed in SEEDS for row in ROWS]
@@ -157,8 +158,7 @@ def main() -> int:
             runs.append(one_run(row, seed, material, args.part))
             write_rows(path, sorted(runs, key=lambda r: (list(ROWS).index(r["row"]), int(r["seed"]))))
     if args.part == "test": print(write_tables(runs, material.pairs.subcategories, material.pairs.bases))
-    else:
-        for entry in summarise(runs): print(entry)
+    else: print(markdown(summarise(runs), {}))
     return 0
 
 
