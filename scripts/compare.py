@@ -100,7 +100,7 @@ def markdown(table: list[dict], chance: dict[str, float]) -> str:
         cells = {e["metric"]: e for e in table if e["row"] == row}
         lines.append(f"| {row} | " + " | ".join(_cell(m, cells[m]) for m in SHOWN) + " |")
     guess = [f"{100 * chance[m]:.1f}" if "rank" not in m else f"{chance[m]:.0f}" for m in SHOWN if m in chance]
-    lines.append("| *guessing* | " + " | ".join(guess) + " |" + " – |" * (len(SHOWN) - len(guess)))
+    if guess: lines.append("| *guessing* | " + " | ".join(guess) + " |" + " – |" * (len(SHOWN) - len(guess)))
     return "\n".join(lines) + "\n"
 
 

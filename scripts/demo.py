@@ -21,7 +21,7 @@ from pipeline import load_material
 from kklip_nb.data import cache_dir, six_rows, split_by_base
 from kklip_nb.evaluation import (bootstrap_interval, chance_levels, class_features, hits_at_k, knn_hits, median_rank, zero_shot_hits)
 from kklip_nb.student import tokenize
-from kklip_nb.training import LAPTOP, Material, Recipe, Run, run_key, run_recipe
+from kklip_nb.training import LAPTOP, Material, Recipe, Run, _material_key, run_recipe
 from kklip_nb.visualization import concept_names, plot_concepts, plot_images, plot_similarities, umap_project
 
 OUT = ROOT / (sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "outputs")
@@ -36,7 +36,7 @@ def say(step: str) -> None:
 
 def train(name: str, recipe: Recipe, material: Material, rows: np.ndarray) -> Run:
     "Train one student, or take up its checkpoint; leave a copy in outputs/."
-    checkpoint = cache_dir() / "runs" / f"run-{run_key(recipe, material.embeddings, rows)}.safetensors"
+    checkpoint = cache_dir() / "runs" / f"run-{_material_key(recipe, material, rows)}.safetensors"
     if checkpoint.exists(): print(f"found {name}'s checkpoint in the cache; what it has done is not done again")
     run = run_recipe(recipe, material, rows, folder=checkpoint.parent, progress=True)
     (OUT / f"{name.lower()}.safetensors").write_bytes(checkpoint.read_bytes())
@@ -128,7 +128,7 @@ def main() -> int:
         runs[name] = train(name, recipe, material, split.train)
     say("evaluating on held-out concepts")
     table = {name: scores(run, material, split) for name, run in runs.items()}
-    text = report(table, chance_levels(material.pairs.subcategories, split.test), len(split.test))
+    text = report(table, chance_levels(material.pairs.subcategories, split.test, split.train), len(split.test))
     say("drawing the figures")
     figures = draw(runs, material, split)
     say("done\n")
