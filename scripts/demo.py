@@ -18,9 +18,11 @@ import torch
 from compare import ROOT, SHOWN, write_rows
 from pipeline import load_material
 
+from kklip_nb.concepts import soft_labels
 from kklip_nb.data import cache_dir, six_rows, split_by_base
 from kklip_nb.evaluation import (bootstrap_interval, chance_levels, class_features, hits_at_k, knn_hits, median_rank, zero_shot_hits)
 from kklip_nb.student import tokenize
+from kklip_nb.teacher import standardise
 from kklip_nb.training import LAPTOP, Material, Recipe, Run, _material_key, run_recipe
 from kklip_nb.visualization import concept_names, plot_concepts, plot_images, plot_similarities, umap_project
 
@@ -90,19 +92,19 @@ def draw(runs: dict[str, Run], material: Material, split) -> list[Path]:
         for (name, run), style in zip(runs.items(), ("--", "-")): ax.plot([h[part] for h in run.history], style, color="black", label=name)
         ax.set(xlabel="step", ylabel=f"{part} loss", title=f"{part} loss on training batches", yscale="log" if part == "distillation" else "linear")
     axes[0].legend(); figure.savefig(paths[0], dpi=100); plt.close(figure)
-    concepts = runs["KKLIP"].concepts
-    train_captions = [material.pairs.captions[i] for i in split.train]
-    names, biggest = concept_names(train_captions, concepts.labels), np.argsort(-np.bincount(concepts.labels))[:8]
+    concepts, test = runs["KKLIP"].concepts, split.test  # held-out rows: a map of training rows would show memory
+    targets = standardise(material.embeddings, material.embeddings[split.train].mean(0))
+    labels = soft_labels(targets[test], concepts.centroids, LAPTOP.temperature).argmax(1)
+    names = concept_names([material.pairs.captions[i] for i in split.train], concepts.labels)
+    biggest = np.argsort(-np.bincount(labels), kind="stable")[:8]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
-    spaces = {"teacher": material.embeddings[split.train] - material.embeddings[split.train].mean(0)}
-    spaces |= {name: run.text_features[split.train].numpy() for name, run in runs.items()}
+    spaces = {"teacher": targets[test]} | {name: run.text_features[test].numpy() for name, run in runs.items()}
     maps = {name: umap_project(x) for name, x in spaces.items()}
-    for ax, (name, points) in zip(axes, maps.items()): plot_concepts(points, concepts.labels, names, biggest, ax, f"{name}: the eight largest concepts")
+    for ax, (name, points) in zip(axes, maps.items()): plot_concepts(points, labels, names, biggest, ax, f"{name}: held-out captions")
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=8)
     figure.savefig(paths[1], dpi=100); plt.close(figure)
-    some = np.random.default_rng(0).choice(len(split.train), 250, replace=False)
     figure, ax = plt.subplots(figsize=(8, 7), layout="constrained")
-    plot_images(maps["KKLIP"][some], material.pairs.images[split.train][some], ax, title=f"KKLIP's text features, drawn as their images ({CREDIT})")
+    plot_images(maps["KKLIP"], material.pairs.images[test], ax, title=f"KKLIP's features of held-out captions, drawn as their images\n({CREDIT})")
     figure.savefig(paths[2], dpi=100); plt.close(figure)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     six = six_rows(material.pairs.captions)
