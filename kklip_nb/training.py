@@ -48,7 +48,7 @@ class Recipe:
     pooling: str = _setting("last", "not said", "chosen on validation, see the teacher notebook")
     layer: int = _setting(29, "not said", "chosen on validation, see the teacher notebook")
     prompt: str = _setting('This image shows: "{}" in one word: "', "not said", "chosen on validation, see the teacher notebook")
-    k: int = _setting(48, "not said", "argued in the concepts notebook, then kept after a small trial on validation")
+    k: int = _setting(48, "not said", "argued in the concepts notebook, not tuned")
     temperature: float = _setting(0.1, "not said", "see the concepts notebook: labels neither hard nor uniform")
     alpha: float = _setting(2.0, "1", "weight of distillation; chosen by small trials on validation")
     beta: float = _setting(1.0, "0.01", "weight of concept learning; chosen by small trials on validation")
