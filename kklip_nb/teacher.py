@@ -92,7 +92,7 @@ def _plain_llama(loaded: Any) -> Any:
     model.load_state_dict(loaded.state_dict())
     return model
 
-# %% ../nbs/01_teacher.ipynb #d6296fca
+# %% ../nbs/01_teacher.ipynb #4ce7ae23
 def load_teacher(
     name: str = "smollm2",  # 'smollm2' (packaged), a local folder, or any decoder's name on the hub
     device: str = "cpu",  # where the model runs
@@ -108,7 +108,7 @@ def load_teacher(
     except (OSError, ValueError) as error: raise _explain(name, error) from error
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    return Teacher(model, tokenizer, source or f"{name} {_revision(model, folder)}")
+    return Teacher(model, tokenizer, source or _revision(model, name))
 
 # %% ../nbs/01_teacher.ipynb #04be85ac
 def _unpacked_teacher() -> tuple[Path, str]:
@@ -118,12 +118,12 @@ def _unpacked_teacher() -> tuple[Path, str]:
     if not folder.exists(): convert_gguf(packaged_teacher(), folder)
     return folder, source
 
-# %% ../nbs/01_teacher.ipynb #6ce34c2b
-def _revision(model: Any, folder: str | Path) -> str:
-    "The hub's commit, or the hash of a local folder's weights."
-    if commit := getattr(model.config, "_commit_hash", None): return f"commit:{commit}"
-    weights = sorted(p for p in Path(folder).iterdir() if p.suffix in {".safetensors", ".bin"})
-    return "sha256:" + hashlib.sha256("".join(file_hash(p) for p in weights).encode()).hexdigest()
+# %% ../nbs/01_teacher.ipynb #06ce85c2
+def _revision(model: Any, name: str | Path) -> str:
+    "The hub's name and commit, or the hash of a local folder's files."
+    if commit := getattr(model.config, "_commit_hash", None): return f"{name} commit:{commit}"
+    files = sorted(p for p in Path(name).iterdir() if p.suffix in {".safetensors", ".bin", ".json", ".model"})
+    return "folder sha256:" + hashlib.sha256("".join(p.name + file_hash(p) for p in files).encode()).hexdigest()
 
 # %% ../nbs/01_teacher.ipynb #06c1e1d8
 def _explain(name: str, error: Exception) -> Exception:
@@ -181,7 +181,7 @@ def _check_how(captions: Sequence[str], pooling: str, prompt: str) -> None:
     if pooling not in POOLINGS: raise ValueError(f"pooling={pooling!r}; expected one of {sorted(POOLINGS)}")
     if "{}" not in prompt: raise ValueError(f"prompt={prompt!r} has no place for the caption; put {{}} in it")
 
-# %% ../nbs/01_teacher.ipynb #3f4b766a
+# %% ../nbs/01_teacher.ipynb #8f8c9643
 def embed_captions(
     teacher: Teacher,
     captions: Sequence[str],  # n captions; a caption that occurs twice is embedded once
@@ -201,6 +201,7 @@ def embed_captions(
     with tqdm(total=len(texts), desc="teacher", unit="caption", disable=not progress) as bar:
         for rows in length_batches(lengths, tokens_per_batch):
             states, mask = hidden_states(teacher, [texts[r] for r in rows])
+            if not -len(states) <= layer < len(states): raise ValueError(f"layer={layer}, but the teacher has layers 0 to {len(states) - 1}")
             pooled = POOLINGS[pooling](states[layer], mask).float().cpu().numpy()
             vectors.update(zip((texts[r] for r in rows), pooled))
             bar.update(len(rows))

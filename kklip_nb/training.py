@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LAPTOP', 'PAPER', 'Recipe', 'recipe_table', 'Material', 'recorded_material', 'make_targets', 'Inputs', 'Texts',
            'batch_of', 'prepare_inputs', 'compute_losses', 'make_optimizer', 'learning_rate', 'train_step',
-           'epoch_batches', 'word_batch', 'save_checkpoint', 'load_checkpoint', 'train', 'Run', 'run_key', 'run_recipe']
+           'epoch_batches', 'word_batch', 'save_checkpoint', 'load_checkpoint', 'train', 'Run', 'run_key',
+           'checkpoint_path', 'run_recipe']
 
 # %% ../nbs/05_training.ipynb #aff6fb4b
 import dataclasses
@@ -36,7 +37,7 @@ def _setting(value: Any, paper: str, reason: str) -> Any:
     "A field of the recipe: our value, what the paper says, and why we choose what we choose."
     return field(default=value, metadata=dict(paper=paper, reason=reason))
 
-# %% ../nbs/05_training.ipynb #57abe068
+# %% ../nbs/05_training.ipynb #e5cd6a52
 @dataclass(frozen=True)
 class Recipe:
     "Every setting of a run in one place."
@@ -48,25 +49,25 @@ class Recipe:
     pooling: str = _setting("last", "not said", "chosen on validation, see the teacher notebook")
     layer: int = _setting(29, "not said", "chosen on validation, see the teacher notebook")
     prompt: str = _setting('This image shows: "{}" in one word: "', "not said", "chosen on validation, see the teacher notebook")
-    k: int = _setting(48, "not said", "argued in the concepts notebook, not tuned")
-    temperature: float = _setting(0.1, "not said", "see the concepts notebook: labels neither hard nor uniform")
-    alpha: float = _setting(2.0, "1", "weight of distillation; chosen by small trials on validation")
-    beta: float = _setting(1.0, "0.01", "weight of concept learning; chosen by small trials on validation")
+    k: int = _setting(48, "not said", "argued in the concepts notebook; 16 and 144 were no better on validation in the end")
+    temperature: float = _setting(0.1, "not said", "labels neither hard nor uniform; 0.03 and 0.3 were no better on validation")
+    alpha: float = _setting(2.0, "1", "weight of distillation; 0, 1 and 4 were no better on validation")
+    beta: float = _setting(1.0, "0.01", "weight of concept learning; 0, 0.3 and 3 were no better on validation in the end")
     gamma: float = _setting(1.0, "1", "weight of the contrastive loss; the other two are measured against it")
-    word_table: bool = _setting(False, "not said", "start the tokens from the teacher's words; did not help on validation")
-    words: int = _setting(3000, "none mentioned", "captions without images, for distillation; chosen by small trials on validation")
-    word_batch: int = _setting(256, "none mentioned", "so many of them a step, beside the pairs; chosen by small trials on validation")
+    word_table: bool = _setting(True, "not said", "start the tokens from the teacher's words; chosen on validation")
+    words: int = _setting(3000, "none mentioned", "captions without images, for distillation: the pairs alone hold too few words")
+    word_batch: int = _setting(256, "none mentioned", "so many of them a step, beside the pairs; as many as pairs")
     epochs: int = _setting(40, "100", "a run shall take about a minute on a laptop")
     batch_size: int = _setting(256, "not said", "many negatives, yet several steps an epoch")
-    lr: float = _setting(1e-3, "5e-5", "small towers that start at random bear larger steps than a pretrained CLIP")
+    lr: float = _setting(1e-3, "5e-5", "small towers bear larger steps than a pretrained CLIP; half and double were no better on validation")
     weight_decay: float = _setting(0.1, "not said", "a usual value; not on biases, norms and logit_scale")
     warmup: int = _setting(20, "not said", "steps; AdamW knows little about the gradients at first")
     seed: int = _setting(0, "not said", "of weights, concepts, order of the pairs and draw of the words")
 
-# %% ../nbs/05_training.ipynb #d83e81d2
+# %% ../nbs/05_training.ipynb #311f0e36
 LAPTOP = Recipe()
 PAPER = Recipe(student="ViT-B-32-quickgelu", pretrained="openai", imagenet=False, train_image="all",
-               teacher="meta-llama/Llama-2-7b-hf", k=1000, alpha=1.0, beta=0.01, words=0, word_batch=0,
+               teacher="meta-llama/Llama-2-7b-hf", k=1000, alpha=1.0, beta=0.01, word_table=False, words=0, word_batch=0,
                epochs=100, batch_size=1024, lr=5e-5, warmup=1000, layer=-1)
 
 # %% ../nbs/05_training.ipynb #63609684
@@ -334,27 +335,32 @@ class Run(NamedTuple):
     text_features: torch.Tensor  # (n, d) of all pairs, not normalised
     concepts: Concepts  # of the training captions
 
-# %% ../nbs/05_training.ipynb #cc2a11cd
+# %% ../nbs/05_training.ipynb #ab41ddb8
 def run_key(
     recipe: Recipe,
-    embeddings: np.ndarray,  # (n, d) raw teacher embeddings of all pairs
-    train: np.ndarray,  # rows of the training split
-    *more: np.ndarray,  # whatever else the run reads: pictures, embeddings of words, …
+    material: Material,
+    train: Sequence[int] | np.ndarray,  # rows of the training split
 ) -> str:  # 16 hexadecimal digits
-    "Names a run by its recipe and what it was trained on, so that a cached one is not taken for another."
+    "Names a run by its recipe and by what of the material it reads, but for the pictures."
+    read = [material.embeddings.astype(np.float16), np.asarray(train, np.int64)]
+    if recipe.alpha and recipe.word_batch: read.append(material.word_embeddings.astype(np.float16))
+    if recipe.word_table: read += [material.word_table.ids, material.word_table.vectors.astype(np.float16)]
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(embeddings, np.float16).tobytes())
-    digest.update(np.asarray(train, np.int64).tobytes())
-    for array in more: digest.update(np.ascontiguousarray(array).tobytes())
+    for array in read: digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/05_training.ipynb #725a2dbc
-def _material_key(recipe: Recipe, material: Material, train_rows: np.ndarray) -> str:
-    read = [material.pairs.images, *material.word_table]
-    if recipe.alpha and recipe.word_batch: read.append(material.word_embeddings)
-    return run_key(recipe, material.embeddings, train_rows, *read)
+# %% ../nbs/05_training.ipynb #3278731c
+def checkpoint_path(
+    folder: str | Path,  # where checkpoints are kept
+    recipe: Recipe,
+    material: Material,
+    train: Sequence[int] | np.ndarray,  # rows of the training split
+) -> Path:
+    "Where run_recipe keeps this run: the name changes with everything that the run reads."
+    pictures = hashlib.sha256(np.ascontiguousarray(material.pairs.images).tobytes()).hexdigest()
+    return Path(folder) / f"run-{run_key(recipe, material, train)}-{pictures[:8]}.safetensors"
 
-# %% ../nbs/05_training.ipynb #db9d2153
+# %% ../nbs/05_training.ipynb #1146910b
 def run_recipe(
     recipe: Recipe,
     material: Material,
@@ -370,7 +376,7 @@ def run_recipe(
     inputs = prepare_inputs(student, material.pairs, targets, labels, progress)
     mean = material.embeddings[train_rows].mean(0)
     words = Texts(tokenize(student, material.words), torch.from_numpy(standardise(material.word_embeddings, mean)))
-    checkpoint = folder and Path(folder) / f"run-{_material_key(recipe, material, train_rows)}.safetensors"
+    checkpoint = folder and checkpoint_path(folder, recipe, material, train_rows)
     history = train(student, batch_of(inputs, train_rows), recipe, words, checkpoint, progress)
     image_features, text_features = encode_all(student, inputs.images, inputs.tokens)
     return Run(student, history, image_features, text_features, concepts)

@@ -1,85 +1,38 @@
-"""Recompute the multi-seed comparison of plain CLIP with KKLIP; resumes run by run.
+"""Recompute the multi-seed comparison of plain CLIP with KKLIP on the test set; resumes run by run.
 
-    python scripts/compare.py                 # fills results/runs.csv, writes results/comparison.md and .csv
+    python scripts/compare.py                 # fills results/runs.csv, writes results/comparison.md, .csv and .png
     python scripts/compare.py --tables        # only writes the tables from results/runs.csv
-    python scripts/compare.py --part val      # scores on the validation split: for choosing settings
 """
 
 import argparse
-import csv
-import dataclasses
-import platform
 import sys
-from importlib.metadata import version
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from pipeline import load_material
-from tqdm.auto import tqdm
+from runs import PLAIN, RESULTS, SHOWN, read_rows, run_rows, workers_argument, write_rows
 
 from kklip_nb.data import split_by_base, write_atomically
-from kklip_nb.evaluation import chance_levels, evaluate, seed_interval
-from kklip_nb.student import tokenize
-from kklip_nb.training import LAPTOP, Material, Recipe, run_key, run_recipe
+from kklip_nb.evaluation import chance_levels, seed_interval
+from kklip_nb.training import LAPTOP
 
-ROOT = Path(__file__).resolve().parent.parent
-SEEDS = range(5)
-PLAIN = dict(alpha=0.0, beta=0.0)
 WHOLE = dict(student="kklip-laptop-vit", train_image="all", imagenet=False)
 # name of the row: what differs from the laptop recipe, and the plain CLIP it is compared with
 ROWS = {
     "CLIP": (PLAIN, "CLIP"),
     "KKLIP": (dict(), "CLIP"),
     "KKLIP without the extra words": (dict(word_batch=0), "CLIP"),
-    "CLIP, word table": (PLAIN | dict(word_table=True), "CLIP, word table"),
-    "KKLIP, word table": (dict(word_table=True), "CLIP, word table"),
+    "CLIP, random tokens": (PLAIN | dict(word_table=False), "CLIP, random tokens"),
+    "KKLIP, random tokens": (dict(word_table=False), "CLIP, random tokens"),
     "CLIP, whole image tower": (PLAIN | WHOLE, "CLIP, whole image tower"),
     "KKLIP, whole image tower": (WHOLE, "CLIP, whole image tower"),
 }
-SHOWN = {"i2t_r1": "i→t R@1", "i2t_r5": "i→t R@5", "t2i_r1": "t→i R@1", "t2i_r5": "t→i R@5", "i2t_median_rank": "median rank",
-         "zero_shot": "zero-shot", "knn_image": "kNN image", "knn_text": "kNN text"}
 
 
-def recipe_of(row: str, seed: int) -> Recipe:
-    "The laptop recipe with what this row changes."
-    return dataclasses.replace(LAPTOP, seed=seed, **ROWS[row][0])
-
-
-def one_run(row: str, seed: int, material: Material, part: str) -> dict:
-    "Train and score one row with one seed."
-    recipe = recipe_of(row, seed)
-    split = split_by_base(material.pairs.bases, seed)
-    run = run_recipe(recipe, material, split.train)
-    def encode(captions):
-        with torch.inference_mode(): return run.student.encode_text(tokenize(run.student, captions))
-    scores = evaluate(run.image_features, run.text_features, encode, material.pairs.subcategories, split.train, getattr(split, part))
-    return dict(row=row, seed=seed, part=part, key=run_key(recipe, material.embeddings, split.train),
-                n_test=len(getattr(split, part)), **{k: f"{v:.5f}" for k, v in scores.items()},
-                torch=version("torch"), open_clip=version("open_clip_torch"), machine=f"{platform.machine()}, threads: {torch.get_num_threads()}")
-
-
-def read_runs(path: Path) -> list[dict]:
-    "What has been run so far."
-    if not path.exists(): return []
-    with open(path, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    "A CSV file, whole or not at all."
-    def write(part: Path) -> None:
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    write_atomically(path, write)
-
-
-def summarise(runs: list[dict]) -> list[dict]:
+def summarise(runs: list[dict], rows: dict[str, tuple[dict, str]]) -> list[dict]:
     "Mean over seeds, half width of its 95 % interval, and the paired difference to the row's plain CLIP, per row and metric."
     table = []
-    for row, (_, base) in ROWS.items():
+    for row, (_, base) in rows.items():
         mine = {int(r["seed"]): r for r in runs if r["row"] == row}
         plain = {int(r["seed"]): r for r in runs if r["row"] == base}
         seeds = sorted(mine.keys() & plain.keys())
@@ -126,39 +79,30 @@ def draw(table: list[dict]) -> None:
     ax.set(ylabel="difference in points", title="KKLIP against the plain CLIP of the same start: above the line is better\n"
            "(mean over five seeds, 95 % interval of the paired difference, held-out concepts)")
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
-    figure.savefig(ROOT / "results" / "comparison.png", dpi=100, metadata={"Software": ""})
+    figure.savefig(RESULTS / "comparison.png", dpi=100, metadata={"Software": ""})
     plt.close(figure)
 
 
 def write_tables(runs: list[dict], material_classes: list, bases: list[str]) -> str:
     "results/comparison.csv and .md from the runs."
-    table = summarise(runs)
-    write_rows(ROOT / "results" / "comparison.csv", [{k: f"{v:.5f}" if isinstance(v, float) else v for k, v in e.items()} for e in table])
+    table = summarise(runs, ROWS)
+    write_rows(RESULTS / "comparison.csv", [{k: f"{v:.5f}" if isinstance(v, float) else v for k, v in e.items()} for e in table])
     draw(table)
     split = split_by_base(bases)
     text = markdown(table, chance_levels(material_classes, split.test, split.train))
-    write_atomically(ROOT / "results" / "comparison.md", lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(RESULTS / "comparison.md", lambda part: part.write_text(text, encoding="utf-8"))
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="run nothing; write the tables again")
-    parser.add_argument("--part", choices=("val", "test"), default="test", help="which split is scored")
+    workers_argument(parser)
     args = parser.parse_args()
-    path = ROOT / "results" / ("runs.csv" if args.part == "test" else "runs-val.csv")
-    runs = read_runs(path)
-    material = load_material(LAPTOP, progress=True)
-    todo = [(row, seed) for seed in SEEDS for row in ROWS]
-    wanted = {(r, s): run_key(recipe_of(r, s), material.embeddings, split_by_base(material.pairs.bases, s).train) for r, s in todo}
-    runs = [r for r in runs if wanted.get((r["row"], int(r["seed"]))) == r["key"]]
-    done = {(r["row"], int(r["seed"])) for r in runs}
-    if not args.tables:
-        for row, seed in tqdm([t for t in todo if t not in done], desc="runs"):
-            runs.append(one_run(row, seed, material, args.part))
-            write_rows(path, sorted(runs, key=lambda r: (list(ROWS).index(r["row"]), int(r["seed"]))))
-    if args.part == "test": print(write_tables(runs, material.pairs.subcategories, material.pairs.bases))
-    else: print(markdown(summarise(runs), {}))
+    material, path = load_material(LAPTOP, progress=True), RESULTS / "runs.csv"
+    settings = {row: changed for row, (changed, _) in ROWS.items()}
+    runs = read_rows(path) if args.tables else run_rows(settings, "test", path, material, args.workers)
+    print(write_tables(runs, material.pairs.subcategories, material.pairs.bases))
     return 0
 
 

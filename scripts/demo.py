@@ -3,6 +3,8 @@
     python scripts/demo.py [--out outputs]     # a second run finds its caches
 """
 
+import quiet  # first, so that Ctrl-C during the imports below prints no traceback
+
 import dataclasses
 import sys
 import time
@@ -15,19 +17,19 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from compare import ROOT, SHOWN, write_rows
 from pipeline import load_material
+from runs import PLAIN, ROOT, SHOWN, write_rows
 
 from kklip_nb.concepts import soft_labels
 from kklip_nb.data import cache_dir, six_rows, split_by_base
-from kklip_nb.evaluation import (bootstrap_interval, chance_levels, class_features, hits_at_k, knn_hits, median_rank, zero_shot_hits)
+from kklip_nb.evaluation import (bootstrap_interval, chance_levels, class_features, first_place, hits_at_k, knn_hits, zero_shot_hits)
 from kklip_nb.student import tokenize
 from kklip_nb.teacher import standardise
-from kklip_nb.training import LAPTOP, Material, Recipe, Run, _material_key, run_recipe
-from kklip_nb.visualization import concept_names, plot_concepts, plot_images, plot_similarities, umap_project
+from kklip_nb.training import LAPTOP, Material, Recipe, Run, checkpoint_path, run_recipe
+from kklip_nb.visualization import concept_names, distinct_concepts, plot_concepts, plot_images, plot_similarities, umap_project
 
 OUT = ROOT / (sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "outputs")
-RECIPES = {"CLIP": dataclasses.replace(LAPTOP, alpha=0.0, beta=0.0), "KKLIP": LAPTOP}
+RECIPES = {"CLIP": dataclasses.replace(LAPTOP, **PLAIN), "KKLIP": LAPTOP}
 CREDIT = "Pictures: OpenMoji, CC BY-SA 4.0"
 
 
@@ -38,11 +40,18 @@ def say(step: str) -> None:
 
 def train(name: str, recipe: Recipe, material: Material, rows: np.ndarray) -> Run:
     "Train one student, or take up its checkpoint; leave a copy in outputs/."
-    checkpoint = cache_dir() / "runs" / f"run-{_material_key(recipe, material, rows)}.safetensors"
+    checkpoint = checkpoint_path(cache_dir() / "runs", recipe, material, rows)
     if checkpoint.exists(): print(f"found {name}'s checkpoint in the cache; what it has done is not done again")
     run = run_recipe(recipe, material, rows, folder=checkpoint.parent, progress=True)
     (OUT / f"{name.lower()}.safetensors").write_bytes(checkpoint.read_bytes())
     return run
+
+
+def median_interval(places: np.ndarray, bases: list[str]) -> np.ndarray:
+    "95 % interval of the median: base concepts are drawn anew, each with all its rows."
+    _, group = np.unique(bases, return_inverse=True)
+    draws = np.random.default_rng(0).integers(group.max() + 1, size=(2000, group.max() + 1))
+    return np.percentile([np.median(np.repeat(places, np.bincount(d, minlength=len(d))[group])) for d in draws], [2.5, 97.5])
 
 
 def scores(run: Run, material: Material, split) -> dict[str, tuple[float, float, float]]:
@@ -56,8 +65,8 @@ def scores(run: Run, material: Material, split) -> dict[str, tuple[float, float,
         for k in (1, 5):
             hits = hits_at_k(matrix, right, k)
             result[f"{way}_r{k}"] = (hits.mean(), *bootstrap_interval(hits, bases))
-    rank = median_rank(images[test], texts[test])["i2t_median_rank"]
-    result["i2t_median_rank"] = (rank, np.nan, np.nan)
+    places = first_place(similarity, right)
+    result["i2t_median_rank"] = (np.median(places), *median_interval(places, bases))
     train_rows, known = ([i for i in rows if classes[i]] for rows in (split.train, test))
     truth, groups, names = [classes[i] for i in known], [material.pairs.bases[i] for i in known], sorted({c for c in classes if c})
     def encode(captions):
@@ -74,8 +83,8 @@ def report(table: dict[str, dict], chance: dict[str, float], n_test: int) -> str
             for name, metrics in table.items() for m, (v, low, high) in metrics.items()]
     write_rows(OUT / "comparison.csv", rows)
     def cell(metric, value, low, high):
-        return f"{value:.1f}" if "rank" in metric else f"{100 * value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
-    lines = [f"One seed, {n_test} held-out pairs; in %, with 95 % intervals that resample base concepts (the median rank without).", "",
+        return "{:.1f} ({:.1f}–{:.1f})".format(*(x if "rank" in metric else 100 * x for x in (value, low, high)))
+    lines = [f"One seed, {n_test} held-out pairs; in %, with 95 % intervals that resample base concepts.", "",
              "| | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cell(m, *metrics[m]) for m in SHOWN) + " |" for name, metrics in table.items()]
     guess = [f"{chance[m]:.1f}" if "rank" in m else f"{100 * chance[m]:.1f}" if m in chance else "–" for m in SHOWN]
@@ -96,11 +105,11 @@ def draw(runs: dict[str, Run], material: Material, split) -> list[Path]:
     targets = standardise(material.embeddings, material.embeddings[split.train].mean(0))
     labels = soft_labels(targets[test], concepts.centroids, LAPTOP.temperature).argmax(1)
     names = concept_names([material.pairs.captions[i] for i in split.train], concepts.labels)
-    biggest = np.argsort(-np.bincount(labels), kind="stable")[:8]
+    shown = distinct_concepts(labels)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     spaces = {"teacher": targets[test]} | {name: run.text_features[test].numpy() for name, run in runs.items()}
     maps = {name: umap_project(x) for name, x in spaces.items()}
-    for ax, (name, points) in zip(axes, maps.items()): plot_concepts(points, labels, names, biggest, ax, f"{name}: held-out captions")
+    for ax, (name, points) in zip(axes, maps.items()): plot_concepts(points, labels, names, shown, ax, f"{name}: held-out captions")
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=8)
     figure.savefig(paths[1], dpi=100); plt.close(figure)
     figure, ax = plt.subplots(figsize=(8, 7), layout="constrained")
@@ -143,5 +152,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     STARTED = time.perf_counter()
+    quiet.listen()
     try: sys.exit(main())
     except KeyboardInterrupt: sys.exit("\ninterrupted; nothing is broken: the same command goes on from the caches")

@@ -32,7 +32,7 @@ def load_material(recipe: Recipe, progress: bool = False) -> Material:
 
 def cached_word_table(texts: list[str], teacher, source: str) -> WordTable:
     "The word table for the tokens of these texts, kept in the cache folder."
-    path = cache_dir() / f"word-table-{captions_hash([source, *texts])[:16]}.safetensors"
+    path = cache_dir() / f"words-{captions_hash([source, *texts])[:16]}.safetensors"
     try:
         with safe_open(path, framework="numpy") as file: return WordTable(file.get_tensor("ids"), file.get_tensor("vectors").astype(np.float32))
     except (FileNotFoundError, SafetensorError): pass
@@ -44,5 +44,5 @@ def cached_word_table(texts: list[str], teacher, source: str) -> WordTable:
 
 def save_word_table(path, table: WordTable, source: str) -> None:
     "In half precision, with the teacher's name and hash."
-    tensors = {"ids": table.ids, "vectors": table.vectors.astype(np.float16)}
+    tensors = {"ids": np.ascontiguousarray(table.ids), "vectors": np.ascontiguousarray(table.vectors, dtype=np.float16)}  # save_file ignores strides
     save_file(tensors, path, metadata=dict(teacher=source, pooling="mean", layer="0", prompt="none", captions="tokens, see ids"))

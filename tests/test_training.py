@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kklip_nb import training
-from kklip_nb.student import Student
+from kklip_nb.data import Pairs
+from kklip_nb.student import Student, WordTable
 from kklip_nb.training import (Inputs, Recipe, compute_losses, epoch_batches, learning_rate, load_checkpoint, make_optimizer,
                                recipe_table, save_checkpoint, train, train_step)
 
@@ -252,10 +253,17 @@ def test_weights_alone_leave_the_random_state(tmp_path):
 
 
 def test_a_run_is_named_by_all_that_it_reads():
-    embeddings, rows, words = np.eye(4), np.arange(3), np.ones((2, 4))
-    key = training.run_key(TINY, embeddings, rows, words)
-    assert key == training.run_key(TINY, embeddings, rows, words.copy()) and len(key) == 16
-    others = [training.run_key(dataclasses.replace(TINY, seed=1), embeddings, rows, words), training.run_key(TINY, 2 * embeddings, rows, words),
-              training.run_key(TINY, embeddings, rows[:2], words), training.run_key(TINY, embeddings, rows, 2 * words),
-              training.run_key(TINY, embeddings, rows)]
-    assert len({key, *others}) == 6
+    recipe = dataclasses.replace(TINY, alpha=1.0, word_batch=2, word_table=True)
+    pairs = Pairs(np.zeros((4, 2, 2, 3), np.uint8), list("abcd"), list("abcd"), [None] * 4, [None] * 4)
+    table = WordTable(np.arange(3), np.ones((3, 4), np.float32))
+    material = training.Material(pairs, np.eye(4), ["x", "y"], np.ones((2, 4)), table)
+    def path(material=material, rows=(0, 1, 2), **changed):
+        return training.checkpoint_path("folder", dataclasses.replace(recipe, **changed), material, rows)
+    other_pictures = material._replace(pairs=pairs._replace(images=pairs.images + 1))
+    others = [path(seed=1), path(material._replace(embeddings=2 * np.eye(4))), path(rows=(0, 1)), path(other_pictures),
+              path(material._replace(word_embeddings=np.zeros((2, 4)))), path(material._replace(word_table=table._replace(ids=np.arange(1, 4))))]
+    assert path() == path(rows=np.arange(3)) and path().parent == Path("folder") and len({path(), *others}) == 7
+    assert training.run_key(recipe, material, [0, 1, 2]) in path().name
+    assert training.run_key(recipe, material, [0]) == training.run_key(recipe, other_pictures, [0])
+    unread = material._replace(word_embeddings=np.zeros((2, 4)), word_table=table._replace(ids=np.arange(1, 4)))
+    for plain in (dict(alpha=0.0, word_table=False), dict(word_batch=0, word_table=False)): assert path(**plain) == path(unread, **plain)

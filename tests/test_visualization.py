@@ -3,12 +3,15 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from matplotlib.offsetbox import AnnotationBbox
 
 from kklip_nb.visualization import (
     concept_names,
     concept_style,
+    distinct_concepts,
     image_grid,
     plot_concepts,
     plot_images,
@@ -147,3 +150,20 @@ def test_the_similarity_matrix_is_shown_as_it_is(rng):
     np.testing.assert_array_equal(ax.images[0].get_array(), similarities)
     assert [t.get_text() for t in ax.get_xticklabels()] == list("abcdef") and ax.get_title() == "t"
     assert len(ax.figure.axes) == 2  # the second is the colour bar
+
+
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=80), seed=st.integers(0, 9))
+@settings(deadline=None)
+def test_distinct_concepts_share_no_look_and_no_choice_by_hand_holds_more(sizes, seed):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    if not len(labels):
+        return
+    chosen = distinct_concepts(labels)
+    colours, markers = ([concept_style(c)[part] for c in chosen] for part in ("color", "marker"))
+    assert len({*colours}) == len({*markers}) == len(chosen) <= 8
+    taken = []
+    for c in np.random.default_rng(seed).permutation(len(sizes)):  # a greedy choice in random order
+        if all(concept_style(c)[part] != concept_style(d)[part] for d in taken for part in ("color", "marker")):
+            taken.append(c)
+    assert sum(sizes[c] for c in chosen) >= sum(sizes[c] for c in taken)
+    assert [sizes[c] for c in chosen] == sorted((sizes[c] for c in chosen), reverse=True) and all(sizes[c] for c in chosen)
