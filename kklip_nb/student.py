@@ -121,7 +121,7 @@ def _projection(kind: str, width: int, teacher_dim: int) -> nn.Module:
     if kind == "mlp": return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, teacher_dim))
     raise ValueError(f"projection={kind!r}; expected 'linear' or 'mlp'")
 
-# %% ../nbs/03_student.ipynb #5a76f716
+# %% ../nbs/03_student.ipynb #26213a81
 class Student(Towers):
     "An open_clip model with what KKLIP adds: three maps that are dropped after training."
 
@@ -136,8 +136,7 @@ class Student(Towers):
     ):
         super().__init__(clip)
         self.to_teacher = _projection(projection, embed_dim, teacher_dim)
-        self.image_concepts = nn.Linear(embed_dim, n_concepts)
-        self.text_concepts = nn.Linear(embed_dim, n_concepts)
+        self.image_concepts, self.text_concepts = nn.Linear(embed_dim, n_concepts), nn.Linear(embed_dim, n_concepts)
         _lock_image(clip.visual, train_image)
 
     def predict_teacher(

@@ -77,6 +77,7 @@ def main() -> int:
         if old: print("saved outputs do not belong to the code; run `make notebooks`:\n  " + "\n  ".join(old))
         else: print(f"the saved outputs of {len(paths)} notebooks belong to the code")
         return 1 if old else 0
+    os.environ.pop("MPLBACKEND", None)  # any but the notebooks' own saves no pictures
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # it would save a path of this machine
     for path in paths: run(path, args.timeout)
     return 0
