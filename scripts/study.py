@@ -13,7 +13,7 @@ import sys
 
 from joblib import Parallel, delayed, parallel_config
 from runs import RESULTS, read_rows, workers_argument, write_rows
-from study_runs import all_word_pictures, base_material, key_of, one_run, row_material, score_inputs, train_reader
+from study_runs import ENCODER_VECTORS, all_word_pictures, base_material, key_of, one_run, row_material, teacher_vectors, train_reader
 from tqdm.auto import tqdm
 
 from kklip_nb.ablation import CORE, ENCODERS, ROWS, SEEDS, WORLDS
@@ -36,7 +36,7 @@ def prepare(wanted: list, workers: int) -> None:
     "What all runs share, once: teacher vectors, pictures, trunk features, readers."
     for world, name, seed in wanted:
         if name in ROWS: row_material(ROWS[name], world, seed)
-        elif name.startswith("teacher") or name == "MiniLM": score_inputs(name)
+        elif name in ENCODER_VECTORS: teacher_vectors("scenes", ENCODER_VECTORS[name], "pairs")
     student = build_student(LAPTOP.student, imagenet=LAPTOP.imagenet)
     for world in ("openmoji", "scenes"): cached_trunk_features(student, base_material(world).pairs.images, progress=True)
     cached_trunk_features(student, all_word_pictures())

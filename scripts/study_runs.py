@@ -29,6 +29,7 @@ from kklip_nb.training import LAPTOP, Material, run_key, run_recipe
 WORD = dict(pooling=LAPTOP.pooling, layer=LAPTOP.layer, prompt=LAPTOP.prompt)  # the course's vector
 MEAN = {k: SCENES[k] for k in WORD}  # the mean over the bare caption
 OWN, OTHER = dict(openmoji=WORD, scenes=MEAN), dict(openmoji=MEAN, scenes=WORD)
+ENCODER_VECTORS = {"teacher": "own", "teacher, other pooling": "other pooling", "MiniLM": "minilm"}
 
 
 # --- what the runs are made from
@@ -180,11 +181,10 @@ def score_encoder(name: str, seed: int) -> dict[str, float]:
     "The text probe of what is no student of ours."
     captions = texts("scenes")["pairs"]
     split = split_scenes(all_scenes()[:SCENE_COUNT], seed)
-    vectors = {"teacher": "own", "teacher, other pooling": "other pooling", "MiniLM": "minilm"}
     if name == "T5": encode = None
     elif name == "random encoder": encode = student_encoder(build_student(imagenet=False, seed=seed))
     elif name == "bag of words": encode = bag_of_words([captions[i] for i in split.train])
-    else: encode = lookup(teacher_vectors("scenes", vectors[name], "pairs"), captions)
+    else: encode = lookup(teacher_vectors("scenes", ENCODER_VECTORS[name], "pairs"), captions)
     return probe(encode, seed, split)
 
 
@@ -209,10 +209,6 @@ def one_run(world: str, name: str, seed: int) -> dict:
     return dict(world=world, row=name, seed=seed, key=key_of(world, name, seed), settings_hash=settings_hash(name, world, seed),
                 settings=json.dumps(settings), **{k: f"{v:.5f}" for k, v in scores.items()}, seconds=round(time.process_time() - started),
                 torch=version("torch"), open_clip=version("open_clip_torch"), transformers=version("transformers"), machine=platform.machine())
-
-
-def score_inputs(name: str) -> None:
-    teacher_vectors("scenes", {"teacher": "own", "MiniLM": "minilm"}.get(name, "other pooling"), "pairs")
 
 
 def train_reader(seed: int) -> None:
