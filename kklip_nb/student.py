@@ -7,10 +7,11 @@ __all__ = ['MAX_LOGIT_SCALE', 'Towers', 'tokenize', 'prepare_images', 'Student',
            'build_student', 'WordTable', 'piece_texts', 'make_word_table', 'start_from_words', 'count_parameters',
            'trunk_features', 'cached_trunk_features', 'encode_all']
 
-# %% ../nbs/03_student.ipynb #d3155664
+# %% ../nbs/03_student.ipynb #d80fb46f
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,13 +78,16 @@ class Towers(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm): module.eval()
         return self
 
-# %% ../nbs/03_student.ipynb #cad5377c
+# %% ../nbs/03_student.ipynb #b1f85712
+_tokenizer = lru_cache(open_clip.SimpleTokenizer)  # it reads its vocabulary from a file: once is enough
+
+
 def tokenize(
     student: Towers,
     captions: Sequence[str],  # n captions
 ) -> torch.Tensor:  # (n, t) token ids, zeros after the end of the text
     "open_clip's byte-pair tokeniser at the student's context length; longer captions are cut."
-    tokenizer = open_clip.SimpleTokenizer(context_length=student.clip.context_length)
+    tokenizer = _tokenizer(context_length=student.clip.context_length)
     return tokenizer([captions] if isinstance(captions, str) else list(captions))
 
 # %% ../nbs/03_student.ipynb #bdf259eb

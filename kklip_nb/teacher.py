@@ -92,7 +92,7 @@ def _plain_llama(loaded: Any) -> Any:
     model.load_state_dict(loaded.state_dict())
     return model
 
-# %% ../nbs/01_teacher.ipynb #4ce7ae23
+# %% ../nbs/01_teacher.ipynb #c514f4af
 def load_teacher(
     name: str = "smollm2",  # 'smollm2' (packaged), a local folder, or any decoder's name on the hub
     device: str = "cpu",  # where the model runs
@@ -103,8 +103,8 @@ def load_teacher(
     if name == "smollm2": folder, source = _unpacked_teacher()
     else: folder, source = name, None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval().requires_grad_(False)
     except (OSError, ValueError) as error: raise _explain(name, error) from error
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

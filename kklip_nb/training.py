@@ -8,12 +8,12 @@ __all__ = ['LAPTOP', 'PAPER', 'Recipe', 'recipe_table', 'Material', 'recorded_ma
            'train_step', 'epoch_batches', 'word_batch', 'save_checkpoint', 'load_checkpoint', 'train', 'Run', 'run_key',
            'checkpoint_path', 'run_recipe']
 
-# %% ../nbs/05_training.ipynb #aff6fb4b
+# %% ../nbs/05_training.ipynb #72114a3b
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,12 +172,13 @@ def _concept_part(student: Student, image_features: torch.Tensor, text_features:
     if on == "concat": return concept_loss(sum(logits), labels)
     return sum(concept_loss(some, labels) for some in logits) / len(logits)
 
-# %% ../nbs/05_training.ipynb #e98d8d17
+# %% ../nbs/05_training.ipynb #a7fe46e9
 def compute_losses(
     student: Student,
     batch: Inputs,
     recipe: Recipe,
     words: Texts | None = None,  # captions without images, for distillation alone
+    gather: Callable | None = None,  # image and text features → those of the whole batch, where this is a part (notebook 12)
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total; the three parts by name
     "One forward pass through both towers and all three losses."
     n = len(batch.tokens)
@@ -187,6 +188,7 @@ def compute_losses(
     text_features = all_text_features[:n]
     distillation = text_distillation_loss(student.predict_teacher(all_text_features), targets)
     concept = _concept_part(student, image_features, text_features, batch.labels, recipe.concept_on)
+    if gather is not None: image_features, text_features = gather(image_features, text_features)
     contrastive = contrastive_loss(image_features, text_features, student.logit_scale)
     return kklip_loss(distillation, concept, contrastive, recipe.alpha, recipe.beta, recipe.gamma)
 
