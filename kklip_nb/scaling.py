@@ -10,7 +10,7 @@ __all__ = ['MAX_SHARD_BYTES', 'MAX_PIXELS', 'PROVENANCE', 'Sample', 'write_shard
            'fit_stream', 'save_concepts', 'load_concepts', 'label_shard', 'cluster_shards', 'read_labels', 'Joined',
            'join_shard']
 
-# %% ../nbs/11_scaling.ipynb #ac56b7fc
+# %% ../nbs/11_scaling.ipynb #6c7f37e0
 import io
 import itertools
 import json
@@ -28,7 +28,6 @@ import filelock
 import numpy as np
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from scipy.sparse import csr_array
 from sklearn.cluster import kmeans_plusplus
 from sklearn.metrics import pairwise_distances_argmin
@@ -37,7 +36,7 @@ from threadpoolctl import threadpool_limits
 
 from .concepts import labels_from_distances
 from .data import read_image, write_atomically
-from .teacher import captions_hash, file_hash, save_embeddings, standardise
+from .teacher import captions_hash, file_hash, save_embeddings, save_tensors, standardise
 
 # %% ../nbs/11_scaling.ipynb #c7d94519
 class Sample(NamedTuple):
@@ -423,10 +422,10 @@ def _fit_settings(sidecars: Sequence[Sidecar], **settings: Any) -> dict[str, str
     read = captions_hash([s.shard + s.about["captions"] for s in sidecars])
     return {k: str(v) for k, v in settings.items()} | dict(sidecars=read) | {k: sidecars[0].about.get(k, "") for k in PROVENANCE}
 
-# %% ../nbs/11_scaling.ipynb #22167a7f
+# %% ../nbs/11_scaling.ipynb #a907132a
 def _save_state(path: Path, settings: dict[str, str], scale: Scale, centroids: np.ndarray, seen: np.ndarray, done: int) -> None:
     tensors = dict(centroids=centroids, seen=seen, mean=scale.mean, length=np.array([scale.length]), done=np.array([done]))
-    write_atomically(path, lambda part: save_file(tensors, part, metadata=settings))
+    save_tensors(path, tensors, settings)
 
 
 def _load_state(path: Path, settings: dict[str, str]) -> tuple[Scale, np.ndarray, np.ndarray, int]:
@@ -463,14 +462,14 @@ def fit_stream(
             if state: _save_state(Path(state), settings, scale, centroids, seen, place + 1)
     return StreamConcepts(centroids.astype(np.float32), scale, settings)
 
-# %% ../nbs/11_scaling.ipynb #406a30ce
+# %% ../nbs/11_scaling.ipynb #30504a10
 def save_concepts(
     path: str | Path,  # a .safetensors file
     concepts: StreamConcepts,
 ) -> Path:
     "Concepts with their scale and provenance, whole or not at all."
     tensors = dict(centroids=concepts.centroids, mean=concepts.scale.mean, length=np.array([concepts.scale.length]))
-    return write_atomically(path, lambda part: save_file(tensors, part, metadata=concepts.about))
+    return save_tensors(path, tensors, concepts.about)
 
 
 def load_concepts(
@@ -484,7 +483,7 @@ def load_concepts(
         return StreamConcepts(centroids, Scale(mean, float(length[0]), about["normalise"]), about)
     except Exception as error: raise ValueError(f"{path} holds no concepts ({type(error).__name__}: {error}); delete it and cluster again") from error
 
-# %% ../nbs/11_scaling.ipynb #5b34d730
+# %% ../nbs/11_scaling.ipynb #e423dcda
 def label_shard(
     sidecar: Sidecar,
     concepts_path: str | Path,  # what save_concepts wrote
@@ -499,7 +498,7 @@ def label_shard(
         return labels_from_distances(distances, temperature).astype(np.float16)
     with threadpool_limits(1): parts = np.concatenate([labels(part) for part in slices_of(sidecar, rows)])
     about = dict(shard=sidecar.shard, captions=sidecar.about["captions"], concepts=file_hash(concepts_path), temperature=str(temperature))
-    return write_atomically(path, lambda part: save_file({"labels": parts}, part, metadata=about))
+    return save_tensors(path, {"labels": parts}, about)
 
 # %% ../nbs/11_scaling.ipynb #6cb73bdb
 def cluster_shards(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'Teacher', 'hidden_states', 'packaged_teacher', 'file_hash', 'packaged_source', 'convert_gguf',
            'load_teacher', 'mean_pool', 'last_token_pool', 'length_batches', 'embed_captions', 'captions_hash',
-           'save_embeddings', 'load_embeddings', 'standardise', 'cached_embeddings', 'input_embeddings']
+           'save_tensors', 'save_embeddings', 'load_embeddings', 'standardise', 'cached_embeddings', 'input_embeddings']
 
 # %% ../nbs/01_teacher.ipynb #959c7e11
 import hashlib
@@ -214,7 +214,24 @@ def captions_hash(
     "Identifies a list of captions: one caption changed, or two swapped, and the hash is another."
     return hashlib.sha256(json.dumps(list(captions), ensure_ascii=False).encode()).hexdigest()
 
-# %% ../nbs/01_teacher.ipynb #77c9f6ae
+# %% ../nbs/01_teacher.ipynb #e6e2d00b
+def save_tensors(
+    path: str | Path,  # a .safetensors file
+    tensors: dict[str, np.ndarray],
+    metadata: dict[str, str],
+) -> Path:
+    "Write tensors and metadata, whole or not at all, and the same content always as the same bytes."
+    def write(part: Path) -> None:
+        save_file(tensors, part, metadata=metadata)
+        with open(part, "r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            file.seek(8)
+            file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+    return write_atomically(path, write)
+
+# %% ../nbs/01_teacher.ipynb #e18044ee
 def save_embeddings(
     path: str | Path,  # a .safetensors file
     embeddings: np.ndarray,  # (n, d); stored as float16
@@ -226,7 +243,7 @@ def save_embeddings(
     with np.errstate(over="ignore"): half = np.ascontiguousarray(embeddings, dtype=np.float16)
     if not np.isfinite(half).all(): raise ValueError("embeddings hold NaN, or values beyond float16's 65504; use another layer")
     metadata = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
-    return write_atomically(path, lambda part: save_file({"embeddings": half}, part, metadata=metadata))
+    return save_tensors(path, {"embeddings": half}, metadata)
 
 # %% ../nbs/01_teacher.ipynb #902b2afd
 def load_embeddings(

@@ -24,9 +24,9 @@ def exercises(path: Path) -> list[str]:
     return [s.split("\n", 1)[1] for s in marked]
 
 
-def test_all_eleven_notebooks_are_here():
+def test_all_notebooks_are_here():
     assert [n[3:] for n in NAMES] == ["data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization",
-                                      "text_probe", "attributes", "ablation"]
+                                      "text_probe", "attributes", "ablation", "scaling", "distributed", "command_line"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

@@ -11,7 +11,7 @@ import pytest
 import kklip_nb
 
 MODULES = ["data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization", "text_probe", "attributes",
-           "ablation"]
+           "ablation", "scaling", "distributed", "cli"]
 ORDER = {name: place for place, name in enumerate(MODULES)}
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def test_imports_point_one_way(module):
     import re
     source = (Path(kklip_nb.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
     used = re.findall(r"^\s*from (?:kklip_nb)?\.(\w+) import", source, re.M)
-    if module in ("student", "training", "text_probe", "attributes", "ablation"): assert used, "no import found: is the pattern still right?"
+    if module in ("student", "training", "text_probe", "attributes", "ablation", "scaling", "distributed", "cli"): assert used, "no import found: is the pattern still right?"
     allowed = [m for m in MODULES if ORDER[m] < ORDER[module]]
     assert set(used) <= set(allowed) and "import kklip_nb" not in source
 
