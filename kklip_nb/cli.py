@@ -203,7 +203,7 @@ def run_cluster(args: argparse.Namespace) -> None:
     concepts = cluster_shards(sidecars, args.data / "concepts", recipe.k, recipe.temperature, recipe.seed, recipe.normalise, args.passes, args.rows, progress=True)
     print(f"{len(concepts.centroids)} concepts of {sum(s.shape[0] for s in sidecars)} captions; in {args.data / 'concepts'}")
 
-# %% ../nbs/13_command_line.ipynb #8528c1e7
+# %% ../nbs/13_command_line.ipynb #cb8b8b63
 def check_agrees(
     recipe: Recipe,
     data: ShardData,
@@ -211,6 +211,7 @@ def check_agrees(
     "A ValueError unless embeddings and concepts were made with the recipe's settings."
     about = data.concepts.about
     wrong = {k: (about.get(k), str(getattr(recipe, k))) for k in ("pooling", "layer", "prompt", "k", "normalise") if about.get(k) != str(getattr(recipe, k))}
+    if data.temperature != str(recipe.temperature): wrong["temperature"] = (data.temperature, str(recipe.temperature))
     if not Path(recipe.teacher).exists() and not about["teacher"].startswith(recipe.teacher): wrong["teacher"] = (about["teacher"], recipe.teacher)
     if wrong: raise ValueError(f"the data folder was made with other settings; as {{setting: (there, recipe)}}: {wrong}; give the same recipe to all stages")
 

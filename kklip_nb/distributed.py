@@ -7,7 +7,7 @@ __all__ = ['FIELDS', 'shard_recipe', 'World', 'start_world', 'gather_global', 'L
            'shard_batches', 'deal_epoch', 'deal_run', 'ShardData', 'open_data', 'batch_counts', 'load_part',
            'stream_parts', 'ahead', 'trim_log', 'to_device', 'whole_batch', 'start_student', 'Log', 'train_shards']
 
-# %% ../nbs/12_distributed.ipynb #3e07b3b9
+# %% ../nbs/12_distributed.ipynb #5eec1c7c
 import csv
 import dataclasses
 import hashlib
@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .data import read_image, write_atomically
-from .scaling import (Joined, Sidecar, StreamConcepts, join_shard, load_concepts, open_picture, open_sidecars,
-                              read_labels, remove_parts, run_lock)
+from .scaling import (Joined, Sidecar, StreamConcepts, join_shard, label_header, load_concepts, open_picture,
+                              open_sidecars, remove_parts, run_lock)
 from .student import MAX_LOGIT_SCALE, Student, build_student, prepare_images, tokenize
 from .teacher import file_hash
 from .training import (Inputs, Recipe, compute_losses, learning_rate, load_checkpoint, make_optimizer,
@@ -188,14 +188,15 @@ def deal_run(
     steps = ((epoch, step) for epoch in range(recipe.epochs) for step in deal_epoch(counts, streams, recipe.seed, epoch))
     return itertools.islice(steps, start, None)
 
-# %% ../nbs/12_distributed.ipynb #ddd334e3
+# %% ../nbs/12_distributed.ipynb #27ce189b
 class ShardData(NamedTuple):
     "What a run reads: shards with their sidecars and labels."
     urls: list[str]
     sidecars: list[Sidecar]
     labels_folder: Path
     concepts: StreamConcepts
-    key: str  # hash of captions, teacher and concepts: another data set has another
+    temperature: str  # of the labels
+    key: str  # hash of captions, concepts and temperature: another data set has another
 
 
 def open_data(
@@ -208,9 +209,11 @@ def open_data(
     concepts, concepts_hash = load_concepts(concepts_path), file_hash(concepts_path)
     if concepts.about["teacher"] != sidecars[0].about["teacher"]:
         raise ValueError(f"{concepts_path} was made with teacher {concepts.about['teacher']!r}, the embeddings with {sidecars[0].about['teacher']!r}; cluster again")
-    for sidecar in sidecars: read_labels(Path(labels_folder) / f"{sidecar.shard}.safetensors", sidecar, concepts_hash)
-    key = hashlib.sha256("".join([concepts_hash, *(s.shard + s.about["captions"] for s in sidecars)]).encode()).hexdigest()[:16]
-    return ShardData(list(urls), sidecars, Path(labels_folder), concepts, key)
+    headers = [label_header(Path(labels_folder) / f"{s.shard}.safetensors", s, concepts_hash) for s in sidecars]
+    temperatures = sorted({h["temperature"] for h in headers})
+    if len(temperatures) > 1: raise ValueError(f"labels in {labels_folder} were made with temperatures {temperatures}; delete them and cluster again")
+    key = hashlib.sha256("".join([concepts_hash, temperatures[0], *(s.shard + s.about["captions"] for s in sidecars)]).encode()).hexdigest()[:16]
+    return ShardData(list(urls), sidecars, Path(labels_folder), concepts, temperatures[0], key)
 
 # %% ../nbs/12_distributed.ipynb #fc45f8ec
 def batch_counts(

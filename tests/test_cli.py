@@ -275,3 +275,12 @@ def test_hostile_model_folder_runs_no_code(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilConfig: pass\nclass EvilModel: pass\n")
     with pytest.raises(FileNotFoundError, match="cannot load teacher"): load_teacher(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_damage_table_names_tests_that_are_there():
+    import re
+    from pathlib import Path
+    here = Path(__file__).parent
+    table = next(c for c in json.loads((here.parent / "nbs" / "13_command_line.ipynb").read_text())["cells"] if "## When something is broken" in "".join(c["source"]))
+    named, defined = set(re.findall(r"`(test_\w+)`", "".join(table["source"]))), set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in here.glob("test_*.py")), re.M))
+    assert len(named) > 40 and named <= defined, named - defined
