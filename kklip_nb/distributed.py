@@ -7,7 +7,7 @@ __all__ = ['FIELDS', 'shard_recipe', 'World', 'start_world', 'gather_global', 'L
            'shard_batches', 'deal_epoch', 'deal_run', 'ShardData', 'open_data', 'batch_counts', 'load_part',
            'stream_parts', 'ahead', 'trim_log', 'to_device', 'whole_batch', 'start_student', 'Log', 'train_shards']
 
-# %% ../nbs/12_distributed.ipynb #5eec1c7c
+# %% ../nbs/12_distributed.ipynb #ddf8144e
 import csv
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +153,7 @@ def global_step(
     if world.size > 1: dist.all_reduce(values)
     return dict(zip(sorted(losses), (values / world.size).tolist()))
 
-# %% ../nbs/12_distributed.ipynb #097d5441
+# %% ../nbs/12_distributed.ipynb #2ce4a6a4
 def shard_batches(
     captions: Sequence[str],  # of one shard
     batch_size: int,  # pairs of a stream in a batch
@@ -161,8 +161,9 @@ def shard_batches(
 ) -> list[np.ndarray]:  # row numbers of each batch
     "Shuffled batches of different captions; of pairs that share a caption, one drawn by lot. What is left over is dropped."
     order = np.random.default_rng(list(seed)).permutation(len(captions))
-    _, first = np.unique(np.array(captions, dtype=str)[order], return_index=True)
-    rows = order[np.sort(first)]
+    first: dict[str, int] = {}
+    for row in order: first.setdefault(captions[row], row)
+    rows = np.array(list(first.values()))
     return [rows[i:i + batch_size] for i in range(0, len(rows) - batch_size + 1, batch_size)]
 
 # %% ../nbs/12_distributed.ipynb #3ef557aa
@@ -300,11 +301,12 @@ def trim_log(
             writer.writerows(kept)
     write_atomically(path, write)
 
-# %% ../nbs/12_distributed.ipynb #01ce78bf
+# %% ../nbs/12_distributed.ipynb #50ec7c60
 def _resume(path: Path, student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, about: dict[str, Any]) -> int:
     "Steps done according to the checkpoint, which must be of the same data and streams; 0 without one."
     if not path.exists(): return 0
-    _, (last,) = load_checkpoint(path, student, optimizer, recipe)
+    _, history = load_checkpoint(path, student, optimizer, recipe)
+    last = history[-1]
     wrong = {k: (last.get(k), v) for k, v in about.items() if last.get(k) != v}
     if wrong: raise ValueError(f"{path} belongs to another run; as {{what: (found, given)}}: {wrong}; use another folder")
     return last["step"] + 1
@@ -337,14 +339,14 @@ def start_student(
     student.clip.set_grad_checkpointing(grad_checkpointing)
     return student
 
-# %% ../nbs/12_distributed.ipynb #dcc09fee
+# %% ../nbs/12_distributed.ipynb #4a3bb7ff
 class Log:
     "log.csv always, TensorBoard when asked; only the first process writes."
 
     def __init__(self, folder: Path, steps: int, world: World, tensorboard: bool):
         trim_log(folder / "log.csv", steps)
         self.file = open(folder / "log.csv", "a", newline="")
-        self.writer, self.board = csv.DictWriter(self.file, FIELDS), _board(folder) if tensorboard else None
+        self.writer, self.board = csv.DictWriter(self.file, FIELDS), _board(folder, steps) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
         self.writer.writerow(line)
@@ -357,12 +359,12 @@ class Log:
         if self.board: self.board.close()
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, steps: int) -> Any:
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as error: raise ImportError("TensorBoard is not installed; run: pip install tensorboard, or leave it out: log.csv has the same") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=steps)
 
-# %% ../nbs/12_distributed.ipynb #2282db95
+# %% ../nbs/12_distributed.ipynb #f09aa467
 def train_shards(
     recipe: Recipe,  # from shard_recipe; batch_size is that of all processes together
     data: ShardData,
@@ -385,19 +387,19 @@ def train_shards(
     with run_lock(folder / ".train.lock") if world.rank == 0 else nullcontext():
         student = start_student(recipe, data, world, grad_checkpointing)
         optimizer, path, about = make_optimizer(student, recipe.lr, recipe.weight_decay), folder / "checkpoint.safetensors", dict(streams=streams, data=data.key, precision=precision)
-        if world.rank == 0: remove_parts(path)
+        for file in (path, folder / "log.csv") if world.rank == 0 else (): remove_parts(file)
         done = _resume(path, student, optimizer, recipe, about)
         log = Log(folder, done, world, tensorboard) if world.rank == 0 else None
         model, bar = wrap(student, world, recipe), _bar(done, steps, progress and world.rank == 0)
-        for step, (epoch, parts) in enumerate(ahead(stream_parts(student, data, recipe, streams, world, done, workers)), done):
-            started = time.perf_counter()
-            parts = [to_device(part, world.device) for part in (parts if accumulate else [whole_batch(parts)])]
-            lr = learning_rate(step, steps, recipe.lr, recipe.warmup)
-            line = dict(step=step, epoch=epoch, lr=lr, **global_step(model, optimizer, parts, recipe, lr, world, precision))
-            if log: log.write(line | dict(logit_scale=student.logit_scale.item(), pairs_per_s=round(recipe.batch_size / (time.perf_counter() - started), 1)))
-            bar.update()
-            if world.rank == 0 and ((step + 1) % save_every == 0 or step + 1 == steps): save_checkpoint(path, student, optimizer, recipe, epoch, [line | about])
-        if log: log.close()
+        with closing(log) if log else nullcontext():
+            for step, (epoch, parts) in enumerate(ahead(stream_parts(student, data, recipe, streams, world, done, workers)), done):
+                started = time.perf_counter()
+                parts = [to_device(part, world.device) for part in (parts if accumulate else [whole_batch(parts)])]
+                lr = learning_rate(step, steps, recipe.lr, recipe.warmup)
+                line = dict(step=step, epoch=epoch, lr=lr, **global_step(model, optimizer, parts, recipe, lr, world, precision))
+                if log: log.write(line | dict(logit_scale=student.logit_scale.item(), pairs_per_s=round(recipe.batch_size / (time.perf_counter() - started), 1)))
+                bar.update()
+                if world.rank == 0 and ((step + 1) % save_every == 0 or step + 1 == steps): save_checkpoint(path, student, optimizer, recipe, epoch, [line | about])
     return student
 
 

@@ -549,4 +549,4 @@ def test_without_tensorboard_it_says_what_to_install(data, tmp_path, monkeypatch
 def test_killed_stages_end_as_if_nothing_had_happened():
     run = subprocess.run([sys.executable, str(TESTS.parent / "scripts" / "kill_test.py"), "--kills", "6"], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"weights bit for bit: 6 kills$", run.stdout.strip()), run.stdout
+    assert re.search(r"embeddings and labels equal byte for byte, weights bit for bit: 6 kills$", run.stdout.strip()), run.stdout
