@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'shard_recipe', 'World', 'start_world', 'gather_global', 'Losses', 'wrap', 'backward_global', 'global_step',
            'shard_batches', 'deal_epoch', 'deal_run', 'ShardData', 'open_data', 'batch_counts', 'load_part',
-           'stream_parts', 'ahead', 'trim_log', 'to_device', 'whole_batch', 'start_student', 'Log', 'train_shards']
+           'stream_parts', 'ahead', 'trim_log', 'to_device', 'whole_batch', 'start_student', 'Log', 'run_steps',
+           'train_shards']
 
 # %% ../nbs/12_distributed.ipynb #ddf8144e
 import csv
@@ -43,7 +44,7 @@ def shard_recipe(
     "The same recipe without captions that have no image: shards hold pairs alone."
     return dataclasses.replace(recipe, word_table=False, words=0, word_batch=0)
 
-# %% ../nbs/12_distributed.ipynb #d8361086
+# %% ../nbs/12_distributed.ipynb #11e86b9b
 class World(NamedTuple):
     "Which process we are, of how many, and where we compute."
     rank: int
@@ -56,12 +57,12 @@ def start_world() -> Iterator[World]:
     "Join the other processes that torchrun has started; alone, nothing is started."
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count(): raise ValueError(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; start one process a GPU")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda: torch.cuda.set_device(device)
     if size > 1: dist.init_process_group("nccl" if cuda else "gloo")
-    try: yield World(rank, size, device)
-    finally:
-        if size > 1: dist.destroy_process_group()
+    yield World(rank, size, device)
+    if size > 1: dist.destroy_process_group()  # not after an error: this process ends, and torchrun ends the others
 
 # %% ../nbs/12_distributed.ipynb #f2894e33
 def gather_global(
@@ -216,13 +217,17 @@ def open_data(
     key = hashlib.sha256("".join([concepts_hash, temperatures[0], *(s.shard + s.about["captions"] for s in sidecars)]).encode()).hexdigest()[:16]
     return ShardData(list(urls), sidecars, Path(labels_folder), concepts, temperatures[0], key)
 
-# %% ../nbs/12_distributed.ipynb #fc45f8ec
+# %% ../nbs/12_distributed.ipynb #aaa0ec42
 def batch_counts(
     data: ShardData,
     recipe: Recipe,
     streams: int,  # parts of the global batch
+    processes: int = 1,  # that share the streams
+    accumulate: bool = False,  # a process's streams one after the other
 ) -> list[int]:  # batches of a stream in each shard
     "How many batches each shard gives; raises ValueError where batch, streams and shards do not fit."
+    if streams % processes: raise ValueError(f"{streams} streams for {processes} processes; expected a multiple")
+    if accumulate and streams <= processes: raise ValueError(f"accumulate needs several streams a process, but there are {streams} for {processes}; give streams={4 * processes}")
     if streams < 1 or recipe.batch_size % streams: raise ValueError(f"batch_size={recipe.batch_size} cannot be cut into {streams} streams of one size")
     if recipe.batch_size < 2: raise ValueError("batch_size=1 has no negatives; give at least 2")
     if len(data.urls) < streams: raise ValueError(f"{len(data.urls)} shards for {streams} streams; make more and smaller shards, or take fewer streams")
@@ -233,7 +238,7 @@ def batch_counts(
         raise ValueError(f"shard {poor.shard} has {poor.about['distinct']} different captions, fewer than the {size} of a stream's batch; make larger shards or more streams")
     return counts
 
-# %% ../nbs/12_distributed.ipynb #30df2c0b
+# %% ../nbs/12_distributed.ipynb #999b2de1
 def load_part(
     student: Student,
     joined: Joined,
@@ -244,7 +249,10 @@ def load_part(
     samples = [joined.samples[i] for i in rows]
     side = student.clip.visual.image_size
     side = side if isinstance(side, int) else side[0]
-    images = np.stack(list(decode(lambda s: read_image(open_picture(s.image), side), samples)))
+    def picture(sample: Any) -> np.ndarray:
+        try: return read_image(open_picture(sample.image), side)
+        except ValueError as error: raise ValueError(f"sample {sample.key} of shard {joined.shard}: {error}; the shard was changed after it was embedded: embed it again") from error
+    images = np.stack(list(decode(picture, samples)))
     captions = [s.caption for s in samples]
     return Inputs(captions, prepare_images(student, images), tokenize(student, captions), torch.from_numpy(joined.targets[rows]), torch.from_numpy(joined.labels[rows]))
 
@@ -301,7 +309,7 @@ def trim_log(
             writer.writerows(kept)
     write_atomically(path, write)
 
-# %% ../nbs/12_distributed.ipynb #50ec7c60
+# %% ../nbs/12_distributed.ipynb #0989cb76
 def _resume(path: Path, student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, about: dict[str, Any]) -> int:
     "Steps done according to the checkpoint, which must be of the same data and streams; 0 without one."
     if not path.exists(): return 0
@@ -311,12 +319,20 @@ def _resume(path: Path, student: Student, optimizer: torch.optim.Optimizer, reci
     if wrong: raise ValueError(f"{path} belongs to another run; as {{what: (found, given)}}: {wrong}; use another folder")
     return last["step"] + 1
 
-# %% ../nbs/12_distributed.ipynb #b49df2ee
+
+def _check_agreed(done: int, world: World) -> None:
+    "An error unless all processes found the same checkpoint: else they would wait for each other for ever."
+    if world.size == 1: return
+    found: list = [None] * world.size
+    dist.all_gather_object(found, done)
+    if len(set(found)) > 1: raise ValueError(f"the processes find {found} steps done; the run's folder must lie on a file system that all of them share")
+
+# %% ../nbs/12_distributed.ipynb #e82a78ef
 def to_device(
     part: Inputs,
     device: torch.device,
 ) -> Inputs:
-    return Inputs(part.captions, *(x.to(device, non_blocking=True) for x in part[1:]))
+    return Inputs(part.captions, *(x.to(device) for x in part[1:]))
 
 
 def whole_batch(
@@ -339,11 +355,11 @@ def start_student(
     student.clip.set_grad_checkpointing(grad_checkpointing)
     return student
 
-# %% ../nbs/12_distributed.ipynb #4a3bb7ff
+# %% ../nbs/12_distributed.ipynb #d452b4ea
 class Log:
     "log.csv always, TensorBoard when asked; only the first process writes."
 
-    def __init__(self, folder: Path, steps: int, world: World, tensorboard: bool):
+    def __init__(self, folder: Path, steps: int, tensorboard: bool):
         trim_log(folder / "log.csv", steps)
         self.file = open(folder / "log.csv", "a", newline="")
         self.writer, self.board = csv.DictWriter(self.file, FIELDS), _board(folder, steps) if tensorboard else None
@@ -364,7 +380,33 @@ def _board(folder: Path, steps: int) -> Any:
     except ImportError as error: raise ImportError("TensorBoard is not installed; run: pip install tensorboard, or leave it out: log.csv has the same") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=steps)
 
-# %% ../nbs/12_distributed.ipynb #f09aa467
+# %% ../nbs/12_distributed.ipynb #a3117b85
+def run_steps(
+    model: nn.Module,  # from wrap
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[int, list[Inputs]]],  # from stream_parts
+    recipe: Recipe,
+    done: int,  # steps done before
+    steps: int,  # of the whole run
+    world: World,
+    accumulate: bool,  # as in train_shards
+    precision: str,  # 'fp32' or 'bf16'
+) -> Iterator[dict[str, Any]]:  # a line of the log a step
+    "Take the steps of a run from `done` on."
+    student, ended = getattr(model, "module", model).student, time.perf_counter()
+    for step, (epoch, parts) in enumerate(batches, done):
+        parts = [to_device(part, world.device) for part in (parts if accumulate else [whole_batch(parts)])]
+        lr = learning_rate(step, steps, recipe.lr, recipe.warmup)
+        losses = global_step(model, optimizer, parts, recipe, lr, world, precision)
+        ended, before = time.perf_counter(), ended
+        yield dict(step=step, epoch=epoch, lr=lr, **losses, logit_scale=student.logit_scale.item(), pairs_per_s=round(recipe.batch_size / (ended - before), 1))
+
+
+def _bar(done: int, steps: int, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+    return tqdm(initial=done, total=steps, desc="train", unit="step", disable=not progress)
+
+# %% ../nbs/12_distributed.ipynb #f69fb5d0
 def train_shards(
     recipe: Recipe,  # from shard_recipe; batch_size is that of all processes together
     data: ShardData,
@@ -379,30 +421,21 @@ def train_shards(
     tensorboard: bool = False,  # log there as well
     progress: bool = False,  # show a bar
 ) -> Student:  # trained
-    "Train on shards; alone or under torchrun. A killed run goes on at its last checkpoint and gives the run that would have been."
-    folder = Path(folder)
-    if streams % world.size: raise ValueError(f"{streams} streams for {world.size} processes; expected a multiple")
-    counts = batch_counts(data, recipe, streams)
+    """Train on shards; alone or under torchrun. A killed run goes on at its last checkpoint and gives the run that would have been:
+    on the CPU bit for bit, on a GPU up to the order of sums."""
+    counts, first = batch_counts(data, recipe, streams, world.size, accumulate), world.rank == 0
     steps = sum(len(deal_epoch(counts, streams, recipe.seed, epoch)) for epoch in range(recipe.epochs))
-    with run_lock(folder / ".train.lock") if world.rank == 0 else nullcontext():
-        student = start_student(recipe, data, world, grad_checkpointing)
-        optimizer, path, about = make_optimizer(student, recipe.lr, recipe.weight_decay), folder / "checkpoint.safetensors", dict(streams=streams, data=data.key, precision=precision)
-        for file in (path, folder / "log.csv") if world.rank == 0 else (): remove_parts(file)
+    path, log_path = Path(folder) / "checkpoint.safetensors", Path(folder) / "log.csv"
+    with run_lock(Path(folder) / ".train.lock") if first else nullcontext():
+        for file in (path, log_path) if first else (): remove_parts(file)
+        student, about = start_student(recipe, data, world, grad_checkpointing), dict(streams=streams, data=data.key, precision=precision)
+        optimizer = make_optimizer(student, recipe.lr, recipe.weight_decay)
         done = _resume(path, student, optimizer, recipe, about)
-        log = Log(folder, done, world, tensorboard) if world.rank == 0 else None
-        model, bar = wrap(student, world, recipe), _bar(done, steps, progress and world.rank == 0)
-        with closing(log) if log else nullcontext():
-            for step, (epoch, parts) in enumerate(ahead(stream_parts(student, data, recipe, streams, world, done, workers)), done):
-                started = time.perf_counter()
-                parts = [to_device(part, world.device) for part in (parts if accumulate else [whole_batch(parts)])]
-                lr = learning_rate(step, steps, recipe.lr, recipe.warmup)
-                line = dict(step=step, epoch=epoch, lr=lr, **global_step(model, optimizer, parts, recipe, lr, world, precision))
-                if log: log.write(line | dict(logit_scale=student.logit_scale.item(), pairs_per_s=round(recipe.batch_size / (time.perf_counter() - started), 1)))
+        _check_agreed(done, world)
+        batches, bar = ahead(stream_parts(student, data, recipe, streams, world, done, workers)), _bar(done, steps, progress and first)
+        with closing(Log(log_path.parent, done, tensorboard)) if first else nullcontext() as log:
+            for line in run_steps(wrap(student, world, recipe), optimizer, batches, recipe, done, steps, world, accumulate, precision):
                 bar.update()
-                if world.rank == 0 and ((step + 1) % save_every == 0 or step + 1 == steps): save_checkpoint(path, student, optimizer, recipe, epoch, [line | about])
+                if log: log.write(line)
+                if first and ((line["step"] + 1) % save_every == 0 or line["step"] + 1 == steps): save_checkpoint(path, student, optimizer, recipe, line["epoch"], [line | about])
     return student
-
-
-def _bar(done: int, steps: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-    return tqdm(initial=done, total=steps, desc="train", unit="step", disable=not progress)

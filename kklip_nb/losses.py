@@ -56,7 +56,7 @@ def _check_ids(logits: torch.Tensor, concepts: torch.Tensor) -> None:
     low, high = int(concepts.min()), int(concepts.max())
     if low < 0 or high >= k: raise ValueError(f"concept ids run from {low} to {high}; expected 0 … {k - 1} for {k} concepts")
 
-# %% ../nbs/04_losses.ipynb #da76eca2
+# %% ../nbs/04_losses.ipynb #d17b38c0
 def concept_loss(
     logits: torch.Tensor,  # (n, k) concept scores, before any softmax
     concepts: torch.Tensor,  # (n,) integer ids, or (n, k) rows of probabilities; a constant
@@ -68,6 +68,7 @@ def concept_loss(
     _check_matrix("logits", logits)
     if concepts.is_floating_point():
         _check_probabilities(logits, concepts)
+        if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()  # half a precision would spoil small shares
         return F.cross_entropy(logits, concepts.detach().to(logits.dtype))
     _check_ids(logits, concepts)
     return F.cross_entropy(logits, concepts.long())

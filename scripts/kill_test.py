@@ -60,7 +60,7 @@ def embed(work: Path, shards: Path) -> None:
 
 def cluster(work: Path, shards: Path) -> None:
     sidecars = open_sidecars(work / "embeddings", list_shards(shards))
-    cluster_shards(sidecars, work / "labels", RECIPE.k, RECIPE.temperature, passes=8)
+    cluster_shards(sidecars, work / "labels", RECIPE.k, RECIPE.temperature, passes=8, save_every=0)
 
 
 def train(work: Path, shards: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import open_clip
@@ -53,7 +54,7 @@ def finished(photos, tmp_path_factory):
 
 
 def test_all_stages_leave_their_files(finished):
-    assert [p.name for p in sorted((finished / "data" / "shards").glob("*"))] == ["00000.tar", "00001.tar"]
+    assert [p.name for p in sorted((finished / "data" / "shards").glob("*.tar"))] == ["00000.tar", "00001.tar"]
     assert {p.name for p in (finished / "data" / "concepts").glob("*.safetensors")} == {"concepts.safetensors", "00000.safetensors", "00001.safetensors"}
     assert {"checkpoint.safetensors", "log.csv", "run.json", "results.json", "model"} <= {p.name for p in (finished / "run").iterdir()}
     assert not list(finished.rglob("*.part"))
@@ -202,13 +203,13 @@ def test_the_command_is_installed():
 def test_exact_shapes_of_the_paper():
     "open_clip's ViT-B/32 has 151,277,313 parameters; Llama-2-7b without its output layer 6,607,343,616."
     maps = (512 + 1) * 4096 + 2 * (512 + 1) * PAPER.k
-    assert count_memory(PAPER)["parameters"] - maps == 151_277_313
+    assert count_memory(PAPER, 4096)["parameters"] - maps == 151_277_313
     assert count_teacher(PAPER.teacher) == (6_738_415_616 - 32_000 * 4096, 4096)
 
 
 def test_kept_bytes_grow_with_the_model_and_not_with_the_batch():
-    small, large = (count_memory(RECIPES["laptop"], pairs=n)["kept_per_pair"] for n in (8, 32))
-    assert small == pytest.approx(large, rel=0.2) and count_memory(PAPER, 4)["kept_per_pair"] > 50 * large
+    small, large = (count_memory(RECIPES["laptop"], 576, pairs=n)["kept_per_pair"] for n in (8, 32))
+    assert small == pytest.approx(large, rel=0.2) and count_memory(PAPER, 4096, 4)["kept_per_pair"] > 50 * large
 
 
 def test_rehearsal_of_the_paper_passes_without_a_hub(tmp_path):
@@ -244,7 +245,7 @@ def test_rehearsal_uses_the_users_first_shard(finished, tmp_path):
     assert 0 <= rehearse_stages(quick, pairs, 48, tmp_path)["i2t_r5"] <= 1
 
 
-@pytest.mark.parametrize("raised, outcome", [("GatedRepoError", "fail"), ("RepositoryNotFoundError", "fail"), (None, "ok"), ("timeout", "unknown")])
+@pytest.mark.parametrize("raised, outcome", [("GatedRepoError", "fail"), ("RepositoryNotFoundError", "fail"), (None, "ok"), ("timeout", "unknown"), ("silence", "unknown")])
 def test_access_is_asked_and_never_awaited(monkeypatch, raised, outcome):
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -252,9 +253,12 @@ def test_access_is_asked_and_never_awaited(monkeypatch, raised, outcome):
         request, headers, status_code = None, {}, 403
     def auth_check(self, name):
         if raised == "timeout": raise TimeoutError
+        if raised == "silence": threading.Event().wait()
         if raised: raise getattr(errors, raised)("no", response=Answer())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", auth_check)
+    real = cli._within
+    monkeypatch.setattr(cli, "_within", lambda seconds, *args: real(0.2, *args))
     assert check_access("someone/some-llama")[0] == outcome
 
 
@@ -284,3 +288,18 @@ def test_the_damage_table_names_tests_that_are_there():
     table = next(c for c in json.loads((here.parent / "nbs" / "13_command_line.ipynb").read_text())["cells"] if "## When something is broken" in "".join(c["source"]))
     named, defined = set(re.findall(r"`(test_\w+)`", "".join(table["source"]))), set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in here.glob("test_*.py")), re.M))
     assert len(named) > 40 and named <= defined, named - defined
+
+
+def test_each_worker_of_a_machine_takes_its_own_gpu(finished, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "load_teacher", lambda name, device, dtype: asked.append(device) or fake_teacher(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert main(["embed", str(finished / "data"), "--layer", "-1"]) == 0 and asked == ["cuda:3"]
+
+
+@pytest.mark.parametrize("rows, said", [([dict(image=None, text="a")], "no column 'caption'"), ([dict(image=None, caption=["a", "b"])], "is a list; expected one text")])
+def test_a_hub_data_set_of_another_kind_is_an_error(monkeypatch, rows, said, tmp_path, capsys):
+    import datasets
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: iter(rows))
+    assert main(["shards", "hub:someone/pictures", str(tmp_path)]) == 1 and said in capsys.readouterr().err
