@@ -74,24 +74,25 @@ def write_card(
              "## Recipe", "", "| setting | here | the paper |", "|---|---|---|", *rows, "", "## Versions", "", ", ".join(f"{k} {v}" for k, v in about["versions"].items()), ""]
     return write_atomically(run / "model" / "README.md", lambda part: part.write_text("\n".join(lines), encoding="utf-8"))
 
-# %% ../nbs/13_command_line.ipynb #5f3ef5ed
+# %% ../nbs/13_command_line.ipynb #aee227d4
 @torch.inference_mode()
 def evaluate_export(
     folder: str | Path,  # what export_model wrote
     urls: Sequence[str],  # shards of held-out pairs
     limit: int = 5000,  # pairs at most; recall falls with their number
     batch_size: int = 64,
+    device: str = "cpu",  # where the model runs
 ) -> tuple[dict[str, float], int]:  # recall and median rank, both ways; how many pairs they are of
     "Retrieval with the exported model, loaded by open_clip alone; pairs that share a caption are right answers for each other."
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    tokenizer, model = open_clip.get_tokenizer(f"local-dir:{folder}"), model.eval()
+    tokenizer, model = open_clip.get_tokenizer(f"local-dir:{folder}"), model.eval().to(device)
     samples = list(_first_samples(urls, limit))
     if len(samples) < 2: raise ValueError(f"{len(samples)} usable pairs in {len(urls)} shards; retrieval needs at least 2")
     images, texts = [], []
     for start in range(0, len(samples), batch_size):
         some = samples[start:start + batch_size]
-        images.append(model.encode_image(torch.stack([preprocess(open_picture(s.image).convert("RGB")) for s in some])))
-        texts.append(model.encode_text(tokenizer([s.caption for s in some])))
+        images.append(model.encode_image(torch.stack([preprocess(open_picture(s.image).convert("RGB")) for s in some]).to(device)))
+        texts.append(model.encode_text(tokenizer([s.caption for s in some]).to(device)))
     both, ids = (torch.cat(images), torch.cat(texts)), [s.caption for s in samples]
     return retrieval_recall(*both, text_ids=ids) | median_rank(*both, text_ids=ids), len(ids)
 
@@ -233,7 +234,7 @@ def describe_run(
     return dict(recipe=dataclasses.asdict(recipe), versions={p: version(p) for p in packages},
                 data=dict(pairs=pairs, skipped=skipped, shards=len(data.urls), key=data.key, streams=streams) | teacher | dict(concepts=len(data.concepts.centroids)))
 
-# %% ../nbs/13_command_line.ipynb #2b85568b
+# %% ../nbs/13_command_line.ipynb #acf78157
 def run_train(args: argparse.Namespace) -> None:
     "kklip train"
     recipe = recipe_of(args)
@@ -254,7 +255,7 @@ def run_train(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     "kklip evaluate"
     where = args.shards or args.data / "shards"
-    scores, pairs = evaluate_export(args.run / "model", list_shards(where), args.limit)
+    scores, pairs = evaluate_export(args.run / "model", list_shards(where), args.limit, device="cuda" if torch.cuda.is_available() else "cpu")
     result = json.dumps(dict(pairs=pairs, data=Path(str(where)).parent.name or str(where), scores=scores), indent=2)
     write_atomically(args.run / "results.json", lambda part: part.write_text(result))
     write_card(args.run)

@@ -309,23 +309,24 @@ def trim_log(
             writer.writerows(kept)
     write_atomically(path, write)
 
-# %% ../nbs/12_distributed.ipynb #0989cb76
-def _resume(path: Path, student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, about: dict[str, Any]) -> int:
-    "Steps done according to the checkpoint, which must be of the same data and streams; 0 without one."
+# %% ../nbs/12_distributed.ipynb #9b88ce6f
+def _check_agreed(exists: bool, world: World) -> None:
+    "An error unless all processes see the checkpoint, or none does: else they would wait for each other for ever."
+    if world.size == 1: return
+    found: list = [None] * world.size
+    dist.all_gather_object(found, exists)
+    if len(set(found)) > 1: raise ValueError(f"is there a checkpoint? The processes see {found}; the run's folder must lie on a file system that all of them share")
+
+
+def _resume(path: Path, student: Student, optimizer: torch.optim.Optimizer, recipe: Recipe, about: dict[str, Any], world: World) -> int:
+    "Steps done according to the checkpoint, which must be of the same data and streams, and the same for all processes; 0 without one."
+    _check_agreed(path.exists(), world)
     if not path.exists(): return 0
     _, history = load_checkpoint(path, student, optimizer, recipe)
     last = history[-1]
     wrong = {k: (last.get(k), v) for k, v in about.items() if last.get(k) != v}
     if wrong: raise ValueError(f"{path} belongs to another run; as {{what: (found, given)}}: {wrong}; use another folder")
     return last["step"] + 1
-
-
-def _check_agreed(done: int, world: World) -> None:
-    "An error unless all processes found the same checkpoint: else they would wait for each other for ever."
-    if world.size == 1: return
-    found: list = [None] * world.size
-    dist.all_gather_object(found, done)
-    if len(set(found)) > 1: raise ValueError(f"the processes find {found} steps done; the run's folder must lie on a file system that all of them share")
 
 # %% ../nbs/12_distributed.ipynb #e82a78ef
 def to_device(
@@ -406,7 +407,7 @@ def _bar(done: int, steps: int, progress: bool) -> Any:
     from tqdm.auto import tqdm
     return tqdm(initial=done, total=steps, desc="train", unit="step", disable=not progress)
 
-# %% ../nbs/12_distributed.ipynb #f69fb5d0
+# %% ../nbs/12_distributed.ipynb #510fbd72
 def train_shards(
     recipe: Recipe,  # from shard_recipe; batch_size is that of all processes together
     data: ShardData,
@@ -421,8 +422,7 @@ def train_shards(
     tensorboard: bool = False,  # log there as well
     progress: bool = False,  # show a bar
 ) -> Student:  # trained
-    """Train on shards; alone or under torchrun. A killed run goes on at its last checkpoint and gives the run that would have been:
-    on the CPU bit for bit, on a GPU up to the order of sums."""
+    "Train on shards, alone or under torchrun. A killed run goes on at its last checkpoint: on the CPU to the bit, on a GPU up to the order of sums."
     counts, first = batch_counts(data, recipe, streams, world.size, accumulate), world.rank == 0
     steps = sum(len(deal_epoch(counts, streams, recipe.seed, epoch)) for epoch in range(recipe.epochs))
     path, log_path = Path(folder) / "checkpoint.safetensors", Path(folder) / "log.csv"
@@ -430,8 +430,7 @@ def train_shards(
         for file in (path, log_path) if first else (): remove_parts(file)
         student, about = start_student(recipe, data, world, grad_checkpointing), dict(streams=streams, data=data.key, precision=precision)
         optimizer = make_optimizer(student, recipe.lr, recipe.weight_decay)
-        done = _resume(path, student, optimizer, recipe, about)
-        _check_agreed(done, world)
+        done = _resume(path, student, optimizer, recipe, about, world)
         batches, bar = ahead(stream_parts(student, data, recipe, streams, world, done, workers)), _bar(done, steps, progress and first)
         with closing(Log(log_path.parent, done, tensorboard)) if first else nullcontext() as log:
             for line in run_steps(wrap(student, world, recipe), optimizer, batches, recipe, done, steps, world, accumulate, precision):
