@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'WIDTH', 'COMMANDS', 'OPTIONS', 'export_model', 'write_car
            'check_agrees', 'describe_run', 'run_train', 'run_evaluate', 'count_memory', 'count_teacher', 'check_access',
            'random_teacher', 'rehearse_stages', 'check_settings', 'rehearse', 'report_rehearsal', 'make_parser', 'main']
 
-# %% ../nbs/13_command_line.ipynb #8d88bf90
+# %% ../nbs/13_command_line.ipynb #68565a76
 import argparse
 import dataclasses
 import json
@@ -36,7 +36,8 @@ from .evaluation import median_rank, retrieval_recall
 from .scaling import (Sample, cluster_shards, embed_shards, list_shards, open_picture, open_sidecars, read_shard,
                               usable_samples, write_shards)
 from .student import Student, _create_clip, check_activation
-from .teacher import Teacher, _unpacked_teacher, embed_captions, load_teacher
+from .teacher import (Teacher, _unpacked_teacher, embed_captions, load_teacher,
+                             packaged_teacher)
 from .training import LAPTOP, PAPER, Recipe, recipe_table
 
 # %% ../nbs/13_command_line.ipynb #c4375084
@@ -122,7 +123,7 @@ def parse_field(
         return text.lower() == "true"
     return kind(text)
 
-# %% ../nbs/13_command_line.ipynb #dee45ca1
+# %% ../nbs/13_command_line.ipynb #5f6feb36
 def add_recipe(
     parser: argparse.ArgumentParser,
 ) -> None:
@@ -135,7 +136,7 @@ def add_recipe(
         ours, theirs = (getattr(RECIPES[name], f.name) for name in ("laptop", "paper"))
         other = "" if ours == theirs else f"; with --recipe paper: {theirs}"
         text = f"{f.metadata['reason']}; the paper: {f.metadata['paper']}{other}"
-        group.add_argument("--" + f.name.replace("_", "-"), type=_named(partial(parse_field, kinds[f.name]), f.name), metavar=str(ours), help=text.replace("%", "%%"))
+        group.add_argument("--" + f.name.replace("_", "-"), type=_named(partial(parse_field, kinds[f.name]), f.name), default=argparse.SUPPRESS, metavar=str(ours), help=text.replace("%", "%%"))
 
 
 def _named(function: Any, name: str) -> Any:
@@ -149,7 +150,7 @@ def recipe_of(
     args: argparse.Namespace,
 ) -> Recipe:
     "The named recipe with the fields that were given."
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if getattr(args, f.name, None) is not None}
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     return dataclasses.replace(RECIPES[args.recipe], **given)
 
 # %% ../nbs/13_command_line.ipynb #14dc6054
@@ -234,7 +235,7 @@ def describe_run(
     return dict(recipe=dataclasses.asdict(recipe), versions={p: version(p) for p in packages},
                 data=dict(pairs=pairs, skipped=skipped, shards=len(data.urls), key=data.key, streams=streams) | teacher | dict(concepts=len(data.concepts.centroids)))
 
-# %% ../nbs/13_command_line.ipynb #acf78157
+# %% ../nbs/13_command_line.ipynb #bdf0496c
 def run_train(args: argparse.Namespace) -> None:
     "kklip train"
     recipe = recipe_of(args)
@@ -254,9 +255,8 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     "kklip evaluate"
-    where = args.shards or args.data / "shards"
-    scores, pairs = evaluate_export(args.run / "model", list_shards(where), args.limit, device="cuda" if torch.cuda.is_available() else "cpu")
-    result = json.dumps(dict(pairs=pairs, data=Path(str(where)).parent.name or str(where), scores=scores), indent=2)
+    scores, pairs = evaluate_export(args.run / "model", list_shards(args.shards or args.data / "shards"), args.limit, device="cuda" if torch.cuda.is_available() else "cpu")
+    result = json.dumps(dict(pairs=pairs, data=args.shards or args.data.name, scores=scores), indent=2)
     write_atomically(args.run / "results.json", lambda part: part.write_text(result))
     write_card(args.run)
     for name, value in scores.items(): print(f"{name:18} {value:8.1f}" if "rank" in name else f"{name:18} {100 * value:7.1f} %")
@@ -296,7 +296,7 @@ def count_teacher(
     with torch.device("meta"): model = AutoModel.from_config(config, trust_remote_code=False)
     return sum(p.numel() for p in model.parameters()), config.hidden_size
 
-# %% ../nbs/13_command_line.ipynb #fa61db4c
+# %% ../nbs/13_command_line.ipynb #cf8aa3d5
 def _within(seconds: float, function: Any, *args: Any) -> Any:
     "Call a function in a thread that may be left behind; TimeoutError if it does not come back in time."
     import threading
@@ -318,7 +318,9 @@ def check_access(
     "May we download the teacher? Asks the hub, unless it is at hand."
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    if name == "smollm2": return "ok", "packaged"
+    if name == "smollm2":
+        try: return "ok", f"packaged: {packaged_teacher().name}"
+        except FileNotFoundError as error: return "fail", str(error)
     if Path(name).exists(): return "ok", "a local folder"
     if isinstance(try_to_load_from_cache(name, "config.json"), str): return "ok", "in the local cache"
     if constants.HF_HUB_OFFLINE: return "unknown", "offline: the hub was not asked"

@@ -1,7 +1,7 @@
 """The clustering stage at the paper's size, on synthetic sidecars, beside scikit-learn in memory.
 
     python scripts/bench_cluster.py                        # 500,000 rows of 4,096 numbers, k = 1,000
-    python scripts/bench_cluster.py --rows 20000 --k 100   # a small one; prints and records nothing
+    python scripts/bench_cluster.py --rows 20000 --k 100   # a small one; prints, and records nothing
 
 Needs 10 GB of free disk for a while and, for scikit-learn's part, 12 GB of memory. Writes results/cluster.csv.
 """

