@@ -32,6 +32,6 @@ setup(
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
     ],
-    entry_points={"console_scripts": [f"kklip={cfg['lib_name']}.cli:main"]},
+    entry_points={"console_scripts": [f"kklip={cfg['lib_name']}.scale.command_line:main"]},
     zip_safe=False,
 )

@@ -35,8 +35,8 @@ import numpy as np
 import torch
 
 from kklip_nb import teacher, training
-from kklip_nb.distributed import World, open_data, shard_recipe, train_shards
-from kklip_nb.scaling import cluster_shards, embed_shards, list_shards, open_sidecars, run_lock, write_shards
+from kklip_nb.scale.distributed import World, open_data, shard_recipe, train_shards
+from kklip_nb.scale.shards import cluster_shards, embed_shards, list_shards, open_sidecars, run_lock, write_shards
 from kklip_nb.training import LAPTOP
 
 torch.set_num_threads(1)

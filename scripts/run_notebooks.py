@@ -17,6 +17,12 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = {"exercise"}
+FLOORS = ("appendix", ".", "evidence", "scale")  # in the order of imports
+
+
+def notebooks() -> list[Path]:
+    "All notebooks but the index and the solutions, in the order of the course, each after what it imports."
+    return [path for floor in FLOORS for path in sorted((ROOT / "nbs" / floor).glob("*.ipynb")) if path.stem != "index"]
 
 
 def directives(source: str) -> set[str]:
@@ -36,7 +42,7 @@ def code_hash(notebook) -> str:
     for cell in notebook.cells:
         if cell.cell_type == "code": digest.update(cell.source.encode() + b"\0")
     package = ROOT / "kklip_nb"
-    for path in sorted([*package.glob("*.py"), *package.glob("configs/*.json")]):
+    for path in sorted([*package.rglob("*.py"), *package.glob("configs/*.json")]):
         if path.name != "_modidx.py": digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -71,7 +77,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=int, default=900, help="seconds a cell may take")
     args = parser.parse_args()
     paths = [p.resolve() for p in args.notebooks] or [
-        *sorted(ROOT.glob("nbs/[0-9]*.ipynb")), *sorted(ROOT.glob("nbs/solutions/*.ipynb")), ROOT / "nbs" / "index.ipynb"]
+        *notebooks(), *sorted(ROOT.glob("nbs/solutions/**/*.ipynb")), ROOT / "nbs" / "index.ipynb"]
     if args.check:
         old = [str(p.relative_to(ROOT)) for p in paths if stale(p)]
         if old: print("saved outputs do not belong to the code; run `make notebooks`:\n  " + "\n  ".join(old))

@@ -16,7 +16,7 @@ from runs import RESULTS, read_rows, workers_argument, write_rows
 from study_runs import ENCODER_VECTORS, all_word_pictures, base_material, key_of, one_run, row_material, teacher_vectors, train_reader
 from tqdm.auto import tqdm
 
-from kklip_nb.ablation import CORE, ENCODERS, ROWS, SEEDS, WORLDS
+from kklip_nb.evidence.study import CORE, ENCODERS, ROWS, SEEDS, WORLDS
 from kklip_nb.student import build_student, cached_trunk_features
 from kklip_nb.training import LAPTOP
 
@@ -71,7 +71,7 @@ def main() -> int:
     wanted = tasks(args.core)
     prepare(wanted, args.workers)
     run_study(wanted, args.workers)
-    print(f"{PATH.relative_to(RESULTS.parent)} holds {len(read_rows(PATH))} runs; nbs/10_ablation.ipynb draws them")
+    print(f"{PATH.relative_to(RESULTS.parent)} holds {len(read_rows(PATH))} runs; nbs/evidence/04_study.ipynb draws them")
     return 0
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from pipeline import load_material
 
-from kklip_nb.ablation import READER, ROWS, SCENE_COUNT, SCENES, Row, row_recipe, settings_hash
-from kklip_nb.attributes import (attribute_scores, linear_probe, mean_average_precision, one_word_pairs, openmoji_attributes,
+from kklip_nb.evidence.study import READER, ROWS, SCENE_COUNT, SCENES, Row, row_recipe, settings_hash
+from kklip_nb.evidence.attributes import (attribute_scores, linear_probe, mean_average_precision, one_word_pairs, openmoji_attributes,
                                  scene_attributes, scene_material, score_pairs)
 from kklip_nb.data import Split, cache_dir, split_by_base
 from kklip_nb.evaluation import evaluate, retrieval_recall
 from kklip_nb.student import build_student, cached_trunk_features
 from kklip_nb.teacher import cached_embeddings, load_teacher, packaged_source
-from kklip_nb.text_probe import (Autoencoder, autoencode, bag_of_words, build_autoencoder, draw_scene, edit_distances, exact_matches,
+from kklip_nb.evidence.text_probe import (Autoencoder, autoencode, bag_of_words, build_autoencoder, draw_scene, edit_distances, exact_matches,
                                  lookup, make_scenes, matches_by_kind, probe_captions, scene_caption, split_scenes, student_encoder,
                                  train_autoencoder)
 from kklip_nb.training import LAPTOP, Material, run_key, run_recipe

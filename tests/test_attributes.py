@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from kklip_nb.attributes import (
+from kklip_nb.evidence.attributes import (
     CHANGES,
     COLOUR_NAMES,
     Attributes,
@@ -46,7 +46,7 @@ from kklip_nb.attributes import (
     winoground,
 )
 from kklip_nb.data import Pairs
-from kklip_nb.text_probe import KINDS, Scene, Thing, draw_scene, make_scenes, scene_caption
+from kklip_nb.evidence.text_probe import KINDS, Scene, Thing, draw_scene, make_scenes, scene_caption
 
 NAN = float("nan")
 
@@ -303,7 +303,7 @@ class PixelStudent(torch.nn.Module):
 
 @pytest.fixture
 def pixel_student(monkeypatch):
-    import kklip_nb.attributes as module
+    import kklip_nb.evidence.attributes as module
 
     monkeypatch.setattr(module, "prepare_images", lambda _, images: torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float())
     return PixelStudent()
@@ -696,7 +696,7 @@ def test_pairs_differ_in_one_word_of_their_kind_and_in_the_drawing(pairs):
     assert max(Counter(p.change for p in found).values()) <= 6
     captions = [scene_caption(s) for p in found for s in (p.first, p.second)]
     assert len(set(captions)) == len(captions) and not set(captions) & seen
-    from kklip_nb.text_probe import COLOURS, COUNTS, NOUNS, PLACES, PLURALS, RELATIONS, SIZES, TIMES, VERBS
+    from kklip_nb.evidence.text_probe import COLOURS, COUNTS, NOUNS, PLACES, PLURALS, RELATIONS, SIZES, TIMES, VERBS
 
     words = {"noun": {*NOUNS, *PLURALS.values(), *(n + "s" for n in NOUNS)}, "colour": set(COLOURS), "size": set(SIZES),
              "count": set(COUNTS.values()), "verb": set(VERBS)}  # fmt: skip
@@ -806,7 +806,7 @@ def test_similarities_are_caption_by_image(rng):
 
 
 def test_score_pairs_encodes_both_scenes(monkeypatch, pairs):
-    import kklip_nb.attributes as module
+    import kklip_nb.evidence.attributes as module
 
     found = pairs[0][:4]
     monkeypatch.setattr(module, "prepare_images", lambda _, images: torch.from_numpy(np.array(images)))
@@ -849,7 +849,7 @@ def test_material_with_a_teacher_is_checked(rng):
 def test_every_kind_of_scene_has_a_truth(kind):
     from random import Random
 
-    from kklip_nb.text_probe import random_scene
+    from kklip_nb.evidence.text_probe import random_scene
 
     a = scene_attributes([random_scene(kind, Random(s)) for s in range(5)])
     assert a.values.shape == (5, len(a.names)) and (np.nansum(a.values, axis=1) >= 1).all()

@@ -26,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from test_training import N, TINY, same_weights, tiny_inputs, tiny_student
 
-from kklip_nb import distributed, training
-from kklip_nb.distributed import (FIELDS, Log, ShardData, World, ahead, backward_global, batch_counts, deal_epoch, deal_run, gather_global,
+from kklip_nb import training
+from kklip_nb.scale import distributed
+from kklip_nb.scale.distributed import (FIELDS, Log, ShardData, World, ahead, backward_global, batch_counts, deal_epoch, deal_run, gather_global,
                                   global_step, open_data, shard_batches, shard_recipe, start_student, start_world, stream_parts,
                                   train_shards, trim_log, whole_batch, wrap)
 from kklip_nb.losses import contrastive_loss
-from kklip_nb.scaling import cluster_shards, embed_shards, list_shards, open_sidecars, read_shard, write_shards
+from kklip_nb.scale.shards import cluster_shards, embed_shards, list_shards, open_sidecars, read_shard, write_shards
 from kklip_nb.student import build_student, tokenize
 from kklip_nb.training import LAPTOP, Inputs, batch_of, compute_losses, load_checkpoint, make_optimizer, train_step
 
@@ -490,7 +491,7 @@ def test_what_a_kill_left_half_written_is_swept_away(data, tmp_path, whole_run):
 
 
 def test_two_runs_in_one_folder_are_an_error(data, tmp_path):
-    from kklip_nb.scaling import run_lock
+    from kklip_nb.scale.shards import run_lock
     with run_lock(tmp_path / ".train.lock"), pytest.raises(RuntimeError, match="another run"): train_shards(RECIPE, data, tmp_path, ALONE, streams=2)
 
 

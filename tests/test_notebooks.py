@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(ROOT.glob("nbs/[0-9]*.ipynb"))
-NAMES = [p.stem for p in NOTEBOOKS]
+NBS = ROOT / "nbs"
+NOTEBOOKS = [p for floor in (".", "evidence", "scale") for p in sorted((NBS / floor).glob("[0-9]*.ipynb"))]
+NAMES = [str(p.relative_to(NBS).with_suffix("")) for p in NOTEBOOKS]
 
 
 def cells(path: Path) -> list[dict]:
@@ -24,9 +25,9 @@ def exercises(path: Path) -> list[str]:
     return [s.split("\n", 1)[1] for s in marked]
 
 
-def test_all_notebooks_are_here():
-    assert [n[3:] for n in NAMES] == ["data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization",
-                                      "text_probe", "attributes", "ablation", "scaling", "distributed", "command_line"]
+def test_every_notebook_has_its_module_and_every_module_its_notebook():
+    wanted = {f"{next(c['source'] for c in cells(p) if 'default_exp' in c['source']).split()[-1]}".replace(".", "/") + ".py" for p in [*NOTEBOOKS, NBS / "appendix" / "tools.ipynb"]}
+    assert wanted == {str(p.relative_to(ROOT / "kklip_nb")) for p in (ROOT / "kklip_nb").rglob("*.py") if not p.name.startswith("_")}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -53,7 +54,7 @@ def test_no_cell_is_longer_than_thirty_lines(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_unfilled_exercises_fail_their_checks(path):
     marked = exercises(path)
-    assert len(marked) % 2 == 0 and 2 <= len(marked) // 2 <= 4
+    assert len(marked) % 2 == 0 and 1 <= len(marked) // 2 <= 4
     for stub, check in zip(marked[::2], marked[1::2]):
         namespace: dict = {}
         exec(stub, namespace)
@@ -62,7 +63,7 @@ def test_unfilled_exercises_fail_their_checks(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_solutions_hold_the_same_checks_and_pass(path):
-    solved = [c["source"] for c in cells(ROOT / "nbs" / "solutions" / path.name) if c["cell_type"] == "code"]
+    solved = [c["source"] for c in cells(NBS / "solutions" / path.relative_to(NBS)) if c["cell_type"] == "code"]
     for check in exercises(path)[1::2]: assert check.strip() in [s.strip() for s in solved]
 
 
@@ -88,7 +89,7 @@ def test_readme_is_the_index_notebook():
 
 def test_recordings_are_small_and_say_where_they_come_from():
     from safetensors import safe_open
-    files = sorted((ROOT / "nbs" / "recorded").glob("*.safetensors"))
+    files = sorted((NBS / "recorded").glob("*.safetensors"))
     assert files and sum(f.stat().st_size for f in files) <= 15e6
     for file in files:
         with safe_open(file, framework="numpy") as opened: metadata = opened.metadata()

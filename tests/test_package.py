@@ -1,5 +1,6 @@
 """What is installed: which files, what importing costs, and what it does not import."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -10,9 +11,12 @@ import pytest
 
 import kklip_nb
 
-MODULES = ["data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization", "text_probe", "attributes",
-           "ablation", "scaling", "distributed", "cli"]
-ORDER = {name: place for place, name in enumerate(MODULES)}
+FLOORS = {
+    "": ["tools", "data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization"],
+    "evidence.": ["text_probe", "attributes", "study"],
+    "scale.": ["shards", "distributed", "command_line"],
+}
+MODULES = [floor + name for floor, names in FLOORS.items() for name in names]  # each may import those before it; the upper floors not each other
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,14 +50,27 @@ def test_no_notebook_tool_is_imported(module):
     assert not {"nbdev", "fastcore", "execnb", "IPython", "jupyter_client", "ipykernel"} & set(loaded)
 
 
+def imports_of(module: str) -> set[str]:
+    "The modules of the package that this one imports, by name."
+    tree = ast.parse((Path(kklip_nb.__file__).parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    package = f"kklip_nb.{module}".split(".")
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names if a.name.startswith("kklip_nb")}
+        if not isinstance(node, ast.ImportFrom): continue
+        base = ".".join([*package[: -node.level], *filter(None, [node.module])]) if node.level else node.module
+        if not base.startswith("kklip_nb"): continue
+        names = [f"{base}.{a.name}".removeprefix("kklip_nb.") for a in node.names]
+        found |= {n for n in names if n in MODULES} or {base.removeprefix("kklip_nb.")}
+    return found
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module):
-    import re
-    source = (Path(kklip_nb.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
-    used = re.findall(r"^\s*from (?:kklip_nb)?\.(\w+) import", source, re.M)
-    if module in ("student", "training", "text_probe", "attributes", "ablation", "scaling", "distributed", "cli"): assert used, "no import found: is the pattern still right?"
-    allowed = [m for m in MODULES if ORDER[m] < ORDER[module]]
-    assert set(used) <= set(allowed) and "import kklip_nb" not in source
+    used, floor = imports_of(module), module.split(".")[0] + "." if "." in module else ""
+    below = FLOORS[""] + ([floor + name for name in FLOORS[floor]] if floor else [])
+    assert used <= set(MODULES[: MODULES.index(module)]) & {*below}
+    if floor or module in ("student", "training"): assert used, "no import found: does this test still see them?"
 
 
 def test_losses_imports_torch_alone():

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kklip_nb import text_probe as P
-from kklip_nb.text_probe import Scene, Thing, draw_scene, scene_caption
+from kklip_nb.evidence import text_probe as P
+from kklip_nb.evidence.text_probe import Scene, Thing, draw_scene, scene_caption
 
 WORDS = st.lists(st.sampled_from("abcd"), max_size=6)
 TEXTS = st.lists(st.sampled_from(["a dog", "a cat", "two dogs", "a red dog and a cat"]), min_size=1, max_size=8)

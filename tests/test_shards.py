@@ -30,9 +30,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
-from kklip_nb import scaling, teacher
+from kklip_nb import teacher
+from kklip_nb.scale import shards as scaling
 from kklip_nb.concepts import soft_labels
-from kklip_nb.scaling import (Scale, apply_scale, cluster_shards, draw_rows, embed_shard, embed_shards, first_centroids, fit_scale, fit_stream,
+from kklip_nb.scale.shards import (Scale, apply_scale, cluster_shards, draw_rows, embed_shard, embed_shards, first_centroids, fit_scale, fit_stream,
                               join_shard, list_shards, load_concepts, open_picture, open_sidecar, open_sidecars, read_labels, read_rows, read_shard,
                               run_lock, save_concepts, shard_name, slices_of, update_centroids, usable_samples, write_shards)
 from kklip_nb.teacher import file_hash, save_embeddings

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kklip_nb import ablation
-from kklip_nb.ablation import (COLUMNS, CORE, ENCODERS, ROWS, SCENES, SEEDS, WORLDS, Difference, Row, compare_rows, holm, load_study,
+from kklip_nb.evidence import study as ablation
+from kklip_nb.evidence.study import (COLUMNS, CORE, ENCODERS, ROWS, SCENES, SEEDS, WORLDS, Difference, Row, compare_rows, holm, load_study,
                                paired_difference, row_recipe, seed_values, settings_hash, star_table)
 from kklip_nb.training import LAPTOP
 

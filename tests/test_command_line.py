@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kklip_nb import cli
-from kklip_nb.cli import (RECIPES, check_access, count_memory, count_teacher, evaluate_export, export_model, main, parse_field, random_teacher,
+from kklip_nb.scale import command_line as cli
+from kklip_nb.scale.command_line import (RECIPES, check_access, count_memory, count_teacher, evaluate_export, export_model, main, parse_field, random_teacher,
                           recipe_of, rehearse, rehearse_stages)
 from kklip_nb.data import read_image
 from kklip_nb.student import build_student, prepare_images, tokenize
@@ -82,7 +82,7 @@ print(model.encode_text(tokens).norm().item()); assert not any(m.startswith("kkl
 
 def test_evaluation_equals_open_clip_by_hand(finished):
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{finished / 'run' / 'model'}")
-    from kklip_nb.scaling import list_shards, open_picture, read_shard, usable_samples
+    from kklip_nb.scale.shards import list_shards, open_picture, read_shard, usable_samples
     samples = [s for u in list_shards(finished / "data" / "shards") for s in usable_samples(read_shard(u))[0]]
     with torch.no_grad():
         images = model.eval().encode_image(torch.stack([preprocess(open_picture(s.image).convert("RGB")) for s in samples]), normalize=True)
@@ -202,7 +202,7 @@ def test_workers_share_the_shards(finished, monkeypatch, tmp_path):
 def test_the_command_is_installed():
     from importlib.metadata import entry_points
     (entry,) = entry_points(group="console_scripts", name="kklip")
-    assert entry.value == "kklip_nb.cli:main"
+    assert entry.value == "kklip_nb.scale.command_line:main"
 
 
 def test_exact_shapes_of_the_paper():
