@@ -24,7 +24,8 @@ from runs import RESULTS, write_rows
 from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
-from kklip_nb.scale.shards import apply_scale, cluster_shards, open_sidecar, read_labels, read_rows
+from kklip_nb.concepts import apply_scale, fit_scale
+from kklip_nb.scale.shards import cluster_shards, open_sidecar, read_labels, read_rows
 from kklip_nb.teacher import file_hash, save_embeddings
 
 PER_SHARD, PASSES = 10_000, 4
@@ -69,9 +70,8 @@ def ours(folder: Path, k: int) -> dict:
 
 def theirs(folder: Path, k: int) -> dict:
     "scikit-learn on the same rows, scaled alike, all of them in memory; as many passes, mini-batches of the same size, one thread."
-    from kklip_nb.scale.shards import fit_scale
     sidecars = [open_sidecar(p) for p in sorted((folder / "embeddings").glob("*.safetensors"))]
-    scale = fit_scale(sidecars)
+    scale = fit_scale(read_rows(s) for s in sidecars)
     points = np.empty((sum(s.shape[0] for s in sidecars), sidecars[0].shape[1]), np.float32)
     for i, s in enumerate(sidecars): points[i * PER_SHARD:i * PER_SHARD + s.shape[0]] = apply_scale(read_rows(s), scale)
     started = time.perf_counter()

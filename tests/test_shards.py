@@ -33,11 +33,11 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from kklip_nb import teacher
 from kklip_nb.scale import shards as scaling
 from kklip_nb.concepts import soft_labels
-from kklip_nb.scale.shards import (Scale, apply_scale, cluster_shards, draw_rows, embed_shard, embed_shards, first_centroids, fit_scale, fit_stream,
+from kklip_nb.scale.shards import (cluster_shards, draw_rows, embed_shard, embed_shards, first_centroids, fit_stream,
                               join_shard, list_shards, load_concepts, open_picture, open_sidecar, open_sidecars, read_labels, read_rows, read_shard,
                               run_lock, save_concepts, shard_name, slices_of, update_centroids, usable_samples, write_shards)
 from kklip_nb.teacher import file_hash, save_embeddings
-from kklip_nb.training import normalise_targets
+from kklip_nb.concepts import Scale, apply_scale, fit_scale
 
 HOW = dict(teacher="fake", pooling="mean", layer=-1, prompt="{}")
 D, PER, PAIRS, K, TAU = 6, 8, 22, 3, 0.5
@@ -279,13 +279,15 @@ def test_finished_sidecars_are_not_made_again(world):
 def test_scale_is_that_of_all_rows_at_hand(built, how, rows):
     sidecars = open_sidecars(built / "side", list_shards(built / "shards"))
     everything = np.concatenate([read_rows(s) for s in sidecars])
-    scaled = apply_scale(everything, fit_scale(sidecars, how, rows))
-    np.testing.assert_allclose(scaled, normalise_targets(everything, everything, how), atol=1e-6)
+    scaled = apply_scale(everything, fit_scale((piece for s in sidecars for piece in slices_of(s, rows)), how))
+    expected = everything - everything.mean(0) if how == "unit" else everything / np.sqrt((everything.astype(float) ** 2).sum(1).mean())
+    if how == "unit": expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(scaled, expected, atol=1e-6)
     assert scaled.dtype == np.float32
 
 
 def test_scale_refuses_another_word(built):
-    with pytest.raises(ValueError, match="normalise='l2'"): fit_scale(open_sidecars(built / "side", ["00000"]), "l2")
+    with pytest.raises(ValueError, match="normalise='l2'"): fit_scale([np.ones((2, 2))], "l2")
 
 
 def test_update_is_sklearns_partial_fit_and_the_naive_loop():
@@ -744,7 +746,7 @@ def test_damage_nan_in_a_sidecar(world):
     rows = load_file(path)["embeddings"]
     rows[5, 2] = np.nan
     edit(path, dict(embeddings=rows))
-    for act in (world.join, lambda: fit_scale(world.sidecars(), rows=2), lambda: fit_stream(world.sidecars(), 2)):
+    for act in (world.join, lambda: [piece for s in world.sidecars() for piece in slices_of(s, 2)], lambda: fit_stream(world.sidecars(), 2)):
         with pytest.raises(ValueError, match="shard 00001, key 000010005: its embedding holds NaN"): act()
 
 

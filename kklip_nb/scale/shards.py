@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_SHARD_BYTES', 'PACKED', 'MAX_PIXELS', 'PROVENANCE', 'Sample', 'run_lock', 'remove_parts', 'write_shards',
            'read_shard', 'open_picture', 'usable_samples', 'shard_name', 'list_shards', 'embed_shard', 'Sidecar',
-           'open_sidecar', 'open_sidecars', 'embed_shards', 'check_provenance', 'read_rows', 'slices_of', 'Scale',
-           'fit_scale', 'apply_scale', 'update_centroids', 'draw_rows', 'first_centroids', 'StreamConcepts',
-           'fit_stream', 'save_concepts', 'load_concepts', 'label_shard', 'cluster_shards', 'label_header',
-           'read_labels', 'Joined', 'join_shard']
+           'open_sidecar', 'open_sidecars', 'embed_shards', 'check_provenance', 'read_rows', 'slices_of',
+           'update_centroids', 'draw_rows', 'first_centroids', 'StreamConcepts', 'fit_stream', 'save_concepts',
+           'load_concepts', 'label_shard', 'cluster_shards', 'label_header', 'read_labels', 'Joined', 'join_shard']
 
 # %% ../../nbs/scale/01_shards.ipynb #6c7f37e0
 import io
@@ -34,9 +33,9 @@ from sklearn.metrics import pairwise_distances_argmin
 from sklearn.metrics.pairwise import euclidean_distances
 from threadpoolctl import threadpool_limits
 
-from ..concepts import labels_from_distances
+from ..concepts import Scale, apply_scale, fit_scale, labels_from_distances
 from ..data import read_image, write_atomically
-from ..teacher import captions_hash, file_hash, save_embeddings, save_tensors, standardise
+from ..teacher import captions_hash, file_hash, save_embeddings, save_tensors
 
 # %% ../../nbs/scale/01_shards.ipynb #c7d94519
 class Sample(NamedTuple):
@@ -360,35 +359,6 @@ def slices_of(
     bounds = np.linspace(0, sidecar.shape[0], -(-sidecar.shape[0] // rows) + 1).astype(int)
     for start, stop in zip(bounds, bounds[1:]): yield read_rows(sidecar, int(start), int(stop))
 
-# %% ../../nbs/scale/01_shards.ipynb #6cc4d61b
-class Scale(NamedTuple):
-    "What centring and scaling need to know of all training captions."
-    mean: np.ndarray  # (d,) float32
-    length: float  # root of the mean squared length
-    how: str  # 'unit' or 'raw', as the recipe's `normalise`
-
-
-def fit_scale(
-    sidecars: Sequence[Sidecar],
-    how: str = "unit",  # the recipe's `normalise`
-    rows: int = 4096,  # rows in memory at once
-) -> Scale:
-    "Mean and mean squared length over all sidecars, in one pass and float64."
-    if how not in ("unit", "raw"): raise ValueError(f"normalise={how!r}; expected 'unit' or 'raw'")
-    total, squares, count = 0.0, 0.0, 0
-    for part in (part for sidecar in sidecars for part in slices_of(sidecar, rows)):
-        total, squares, count = total + part.sum(0, dtype=np.float64), squares + np.square(part).sum(dtype=np.float64), count + len(part)
-    return Scale((total / count).astype(np.float32), (squares / count) ** 0.5, how)
-
-
-def apply_scale(
-    rows: np.ndarray,  # (n, d) raw teacher embeddings
-    scale: Scale,
-) -> np.ndarray:  # (n, d) float32
-    "The targets of distillation, as normalise_targets makes them when all rows are at hand."
-    if scale.how == "unit": return standardise(rows, scale.mean)
-    return (rows / scale.length).astype(np.float32)
-
 # %% ../../nbs/scale/01_shards.ipynb #7c76ca9d
 def update_centroids(
     centroids: np.ndarray,  # (k, d) float64, changed in place
@@ -479,7 +449,7 @@ def fit_stream(
     settings = _fit_settings(sidecars, k=k, seed=seed, passes=passes, rows=rows, normalise=normalise)
     if state and Path(state).exists(): scale, centroids, seen, done = _load_state(Path(state), settings)
     else:
-        scale = fit_scale(sidecars, normalise, rows)
+        scale = fit_scale((piece for s in sidecars for piece in slices_of(s, rows)), normalise)
         centroids, seen, done = first_centroids(sidecars, scale, k, seed), np.zeros(k), 0
     saved, order = time.monotonic(), [s for p in range(passes) for s in np.random.default_rng([seed, p]).permutation(len(sidecars))]
     with threadpool_limits(1):
