@@ -15,7 +15,8 @@ import torch.nn.functional as F
 # %% ../nbs/04_losses.ipynb #91a75f13
 def _check_matrix(name: str, x: torch.Tensor) -> None:
     "A floating (n, d) tensor, neither side empty."
-    if x.ndim != 2 or not x.numel(): raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (n, d), neither of them 0")
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (n, d), neither of them 0")
     if not x.is_floating_point(): raise ValueError(f"{name} has dtype {x.dtype}; expected floating point")
 
 
@@ -29,7 +30,8 @@ def _check_pair(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> N
 def _check_finite(**tensors: torch.Tensor) -> None:
     for name, x in tensors.items():
         if not x.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite values; look for a learning rate that is too high, or a broken input row")
+            raise ValueError(f"{name} holds NaN or infinite values; "
+                             "look for a learning rate that is too high, or a broken input row")
 
 # %% ../nbs/04_losses.ipynb #e9c5982a
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -43,7 +45,7 @@ def text_distillation_loss(
     *,
     validate: bool = False,  # look for NaN and infinity, which reads from the device
 ) -> torch.Tensor:  # scalar, float32 for half precision
-    r"""Mean over the batch of the squared distance to the teacher, summed over dimensions: $\frac1n\sum_i\lVert s_i-t_i\rVert^2$.
+    r"""Mean over the batch of the squared distance to the teacher: $\frac1n\sum_i\lVert s_i-t_i\rVert^2$.
 
     Raises ValueError for shapes that differ (nothing is broadcast); with `validate` also for NaN or infinite input."""
     _check_pair("student", student, "teacher", teacher)
@@ -55,12 +57,14 @@ def _check_labels(logits: torch.Tensor, concepts: torch.Tensor, ignore_index: in
     "One id, or one row of probabilities, for each row of logits; by shape and dtype."
     if concepts.is_floating_point():
         _check_pair("logits", logits, "concepts", concepts)
-        if ignore_index is not None: raise ValueError(f"ignore_index={ignore_index} is for integer ids; leave rows of probabilities out instead")
+        if ignore_index is not None:
+            raise ValueError(f"ignore_index={ignore_index} is for integer ids; leave rows of probabilities out instead")
         return
     n, k = logits.shape
     if concepts.shape != (n,):
         raise ValueError(f"integer concepts have shape {tuple(concepts.shape)}; expected ({n},) for logits {(n, k)}")
-    if concepts.dtype == torch.bool: raise ValueError("concepts are booleans; expected integer ids or rows of probabilities")
+    if concepts.dtype == torch.bool:
+        raise ValueError("concepts are booleans; expected integer ids or rows of probabilities")
 
 # %% ../nbs/04_losses.ipynb #9f6b1176
 def _check_probabilities(concepts: torch.Tensor) -> None:
@@ -68,7 +72,8 @@ def _check_probabilities(concepts: torch.Tensor) -> None:
     if (concepts < 0).any(): raise ValueError(f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
     sums = concepts.sum(dim=1, dtype=torch.float64)
     if ((sums - 1).abs() >= 5e-3).any():
-        raise ValueError(f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: pass soft_labels, not logits")
+        raise ValueError(f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: "
+                         "pass soft_labels, not logits")
 
 
 def _check_ids(concepts: torch.Tensor, k: int, ignore_index: int | None) -> None:
@@ -105,13 +110,15 @@ def concept_loss(
         else: _check_ids(concepts, logits.shape[1], ignore_index)
     logits = _wide(logits)
     concepts = concepts.detach().to(logits.dtype if soft else torch.long)
-    return F.cross_entropy(logits, concepts, None if weight is None else weight.to(logits.dtype), reduction=reduction,
-                           ignore_index=_NO_ID if ignore_index is None else ignore_index, label_smoothing=label_smoothing)
+    if weight is not None: weight = weight.to(logits.dtype)
+    return F.cross_entropy(logits, concepts, weight, ignore_index=_NO_ID if ignore_index is None else ignore_index,
+                           reduction=reduction, label_smoothing=label_smoothing)
 
 # %% ../nbs/04_losses.ipynb #45aa49f5
 def _check_scale(logit_scale: torch.Tensor | float, validate: bool) -> None:
     if isinstance(logit_scale, torch.Tensor):
-        if logit_scale.numel() != 1: raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; expected one number")
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; expected one number")
         if not validate: return
         logit_scale = logit_scale.item()
     if not 0 < logit_scale < math.inf:
@@ -119,9 +126,9 @@ def _check_scale(logit_scale: torch.Tensor | float, validate: bool) -> None:
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    "Rows of length 1; a row of zeros stays as it is."
+    "Rows of length 1; a row of zeros stays as it is, and a length that overflows becomes NaN, which shows."
     x = _wide(x)
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).fmod(math.inf)  # an infinite length becomes NaN, which shows
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).fmod(math.inf)
     return x / (length + (length == 0))
 
 # %% ../nbs/04_losses.ipynb #b6a8a729
@@ -136,11 +143,11 @@ def contrastive_loss(
     r"""CLIP's symmetric cross-entropy: each image picks its caption among n, each caption its image.
 
     Equals `open_clip.loss.ClipLoss` on normalised features. Raises ValueError for shapes that differ, a batch of one
-    (its loss is always 0), a number as scale that is not positive; with `validate` also for such a tensor, NaN or infinity."""
+    (its loss is always 0), a scale that is not positive (a tensor's only with `validate`, as NaN or infinite input)."""
     _check_pair("image_features", image_features, "text_features", text_features)
     n, kind = len(image_features), image_features.device.type
     if n < 2: raise ValueError("a batch of one pair has no negatives and its loss is always 0; give at least 2 pairs")
-    if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}; expected a number of images of at least 1, or None")
+    if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}; expected at least 1 image at a time, or None")
     if validate: _check_finite(image_features=image_features, text_features=text_features)
     _check_scale(logit_scale, validate)
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
@@ -163,7 +170,7 @@ class _Scores(torch.autograd.Function):
             z = images[start:start + chunk] @ texts.T
             rows.append(z.logsumexp(1))
             columns = torch.logaddexp(columns, z.logsumexp(0))
-            matched.append(z.diagonal(start))
+            matched.append(z.diagonal(start).clone())  # a view would keep all of z
         return torch.cat(rows), columns, torch.cat(matched)
 
     @staticmethod
@@ -197,11 +204,11 @@ def kklip_loss(
     gamma: float = 1.0,  # weight of the contrastive loss
     *,
     validate: bool = False,  # look for NaN and infinity in the parts, which reads from the device
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total, float32 for half precision; the three parts by name, not weighted
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total (float32 at least); the three parts by name, not weighted
     r"""The weighted sum $\alpha L_{distillation}+\beta L_{concept}+\gamma L_{contrastive}$.
 
-    The paper gives 1, 0.01 and 1, not which multiplies which: we go by its order of presentation. Raises ValueError for a
-    part that is no scalar, a weight that is negative or not finite; with `validate` also for a part that is not finite."""
+    The paper gives 1, 0.01 and 1, not which multiplies which: we go by its order of presentation. Raises ValueError for
+    a part that is no scalar, a weight that is negative or not finite; with `validate` for parts that are not finite."""
     parts = dict(distillation=distillation, concept=concept, contrastive=contrastive)
     for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
         if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
