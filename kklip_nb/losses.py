@@ -131,6 +131,12 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True).fmod(math.inf)
     return x / (length + (length == 0))
 
+
+def _no_autocast(x: torch.Tensor):
+    "A context in which products keep their precision."
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
 # %% ../nbs/04_losses.ipynb #b6a8a729
 def contrastive_loss(
     image_features: torch.Tensor,  # (n, d) of n ≥ 2 pairs; normalised inside
@@ -145,12 +151,12 @@ def contrastive_loss(
     Equals `open_clip.loss.ClipLoss` on normalised features. Raises ValueError for shapes that differ, a batch of one
     (its loss is always 0), a scale that is not positive (a tensor's only with `validate`, as NaN or infinite input)."""
     _check_pair("image_features", image_features, "text_features", text_features)
-    n, kind = len(image_features), image_features.device.type
+    n = len(image_features)
     if n < 2: raise ValueError("a batch of one pair has no negatives and its loss is always 0; give at least 2 pairs")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}; expected at least 1 image at a time, or None")
     if validate: _check_finite(image_features=image_features, text_features=text_features)
     _check_scale(logit_scale, validate)
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with _no_autocast(image_features):
         images, texts = _unit(image_features), _unit(text_features)
         if isinstance(logit_scale, torch.Tensor): logit_scale = logit_scale.to(images.dtype).reshape(())
         if chunk is not None: return _loss_by_chunks(logit_scale * images, texts, chunk)
@@ -183,10 +189,11 @@ class _Scores(torch.autograd.Function):
         images, texts, rows, columns = ctx.saved_tensors
         to_images, to_texts = [], to_matched[:, None] * images
         for piece, row, to_row in zip(*(x.split(ctx.chunk) for x in (images, rows[:, None], to_rows[:, None]))):
-            z = piece @ texts.T
-            to_z = (z - row).exp() * to_row + (z - columns).exp() * to_columns
-            to_images.append(to_z @ texts)
-            to_texts = torch.addmm(to_texts, to_z.T, piece)
+            with _no_autocast(piece):
+                z = piece @ texts.T
+                to_z = (z - row).exp() * to_row + (z - columns).exp() * to_columns
+                to_images.append(to_z @ texts)
+                to_texts = torch.addmm(to_texts, to_z.T, piece)
         return torch.cat(to_images) + to_matched[:, None] * texts, to_texts, None
 
 # %% ../nbs/04_losses.ipynb #e8085e84
