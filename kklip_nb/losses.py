@@ -128,14 +128,15 @@ def _check_scale(logit_scale: torch.Tensor | float, validate: bool) -> None:
 def _unit(x: torch.Tensor) -> torch.Tensor:
     "Rows of length 1; a row of zeros stays as it is, and a length that overflows becomes NaN, which shows."
     x = _wide(x)
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).fmod(math.inf)
-    return x / (length + (length == 0))
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).nan_to_num(nan=math.nan, posinf=math.nan)
+    return x / (length + length.logical_not())
 
 
 def _no_autocast(x: torch.Tensor):
     "A context in which products keep their precision."
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 # %% ../nbs/04_losses.ipynb #b6a8a729
 def contrastive_loss(
@@ -158,7 +159,7 @@ def contrastive_loss(
     _check_scale(logit_scale, validate)
     with _no_autocast(image_features):
         images, texts = _unit(image_features), _unit(text_features)
-        if isinstance(logit_scale, torch.Tensor): logit_scale = logit_scale.to(images.dtype).reshape(())
+        if isinstance(logit_scale, torch.Tensor): logit_scale = logit_scale.to(images.dtype).squeeze()
         if chunk is not None: return _loss_by_chunks(logit_scale * images, texts, chunk)
         logits = logit_scale * images @ texts.T
         targets = torch.arange(n, device=logits.device)
