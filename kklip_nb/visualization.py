@@ -98,7 +98,7 @@ def plot_concepts(
     return ax
 
 # %% ../nbs/07_visualization.ipynb #bf9573de
-_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]+")  # kana and Han: no spaces between words
+_UNSPACED = re.compile("[\u3040-\u309f\u3400-\u9fff]+")  # hiragana and Han: no spaces between words
 
 
 def _words(caption: str) -> set[str]:
