@@ -153,6 +153,12 @@ def test_length_batches_hold_every_row_once_and_keep_the_budget():
     assert padded < in_order
 
 
+@pytest.mark.parametrize("lengths, budget, want", [([2, 9, 3, 2, 4], 8, [[1], [4, 2], [0, 3]]), ([5, 5, 5], 1, [[0], [1], [2]]),
+                                                   ([5, 5, 5], 15, [[0, 1, 2]]), ([], 8, [])])
+def test_length_batches_by_hand(lengths, budget, want):
+    assert list(T.length_batches(lengths, budget)) == want  # longest first; of one length in order; too long goes alone
+
+
 def test_standardise_centres_with_the_given_mean_and_scales_to_one():
     x = np.random.default_rng(0).normal(3, 1, (50, 8)).astype(np.float32)
     mean = x[:30].mean(0)
@@ -206,6 +212,48 @@ def test_cached_embeddings_resume_where_they_were_stopped(tiny, tmp_path, monkey
     np.testing.assert_allclose(got, embed(tiny, CAPTIONS), rtol=2e-3, atol=1e-3)
     def forbidden(): raise AssertionError("everything is in the cache")
     np.testing.assert_array_equal(T.cached_embeddings(CAPTIONS, forbidden, **how), got)
+
+
+@pytest.mark.parametrize("bad", [1e5, np.nan, np.inf])
+def test_what_float16_cannot_hold_is_refused_and_nothing_is_left(tmp_path, bad):
+    with pytest.raises(ValueError, match="65504"): T.save_embeddings(tmp_path / "e.safetensors", np.full((5, 2), bad), CAPTIONS)
+    with pytest.raises(ValueError, match="4 embeddings for 5 captions"): T.save_embeddings(tmp_path / "e.safetensors", np.zeros((4, 2)), CAPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_recording_says_what_was_found_and_what_was_expected(tmp_path):
+    path = tmp_path / "e.safetensors"
+    assert T.save_embeddings(path, np.ones((5, 2)), CAPTIONS, teacher="tiny", layer=-1) == path and list(tmp_path.iterdir()) == [path]
+    for how, says in ((dict(teacher="other"), "('tiny', 'other')"), (dict(layer=29), "('-1', '29')"), (dict(prompt="x"), "(None, 'x')")):
+        with pytest.raises(ValueError) as error: T.load_embeddings(path, CAPTIONS, **how)
+        assert says in str(error.value)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="record again"): T.load_embeddings(path, CAPTIONS)
+
+
+def test_whatever_changes_is_computed_anew_and_the_rest_is_not(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    made, base = [], dict(captions=CAPTIONS, source="tiny", pooling="mean", layer=-1, prompt="{}", chunk=2)
+    def teacher(): return made.append(1) or tiny
+    def run(**change): return T.cached_embeddings(get_teacher=teacher, **base | change)
+    first = run()
+    np.testing.assert_array_equal(run(captions=(c for c in CAPTIONS)), first)
+    assert len(made) == 1
+    swapped = [CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]]
+    for change in (dict(source="other"), dict(pooling="last"), dict(layer=1), dict(prompt="dog {}"), dict(captions=swapped)):
+        how = base | change
+        want = T.embed_captions(tiny, how["captions"], how["pooling"], how["layer"], how["prompt"])
+        np.testing.assert_allclose(run(**change), want, rtol=2**-10, atol=1e-4)
+    files = [*(tmp_path / "embeddings").iterdir()]
+    assert len(made) == 6 and len(files) == 3 * 5 + 1  # of the swapped captions two chunks stayed as they were
+    for change, says in ((dict(captions=[]), "no captions"), (dict(pooling="max"), "'mean'"), (dict(prompt="x"), "no place")):
+        with pytest.raises(ValueError, match=says): run(**change)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc"])
+def test_a_file_hash_is_that_of_its_bytes(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    assert T.file_hash(tmp_path / "file") == T.file_hash(str(tmp_path / "file")) == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("arguments, says", [(dict(captions=[]), "no captions"), (dict(pooling="max"), "max"), (dict(prompt="x"), "{}")])

@@ -60,6 +60,13 @@ def test_names_have_the_asked_number_of_words_and_plain_ids():
     assert all(type(c) is int for c in names)
 
 
+def test_names_of_two_and_three_words():
+    captions = ["tiger face", "cat face", "tiger", "dog face", "smiling face", "grinning face", "smiling cat face", "clock", "alarm clock", "clock face"]
+    labels = [0] * 4 + [1] * 3 + [2] * 3
+    assert concept_names(captions, labels)[2] == "clock alarm"
+    assert len(concept_names(captions, labels, 3)[1].split()) == 3
+
+
 def test_names_do_not_depend_on_the_order_of_captions(rng):
     captions, labels = (
         [f"{a} {b}" for a in ("red", "blue", "old") for b in ("fox", "bus", "cat")],
