@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['AttributeData', 'load_awa2', 'load_cub', 'image_attributes', 'phrase', 'file_features']
 
-# %% ../../nbs/evidence/08_attribute_data.ipynb #426cf289
+# %% ../../nbs/evidence/08_attribute_data.ipynb #f36a45a6
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from collections.abc import Sequence
 
 from ..data import read_image
 from ..student import Towers, prepare_images
@@ -69,13 +69,6 @@ def _awa2_matrices(folder: Path, shape: tuple[int, int]) -> tuple[np.ndarray, np
     return strength, np.where(np.isnan(strength), np.nan, binary)
 
 # %% ../../nbs/evidence/08_attribute_data.ipynb #d41afad0
-def _awa2_part(path: Path, names: list[str]) -> list[int]:
-    "Numbers of the classes that a split file lists, a name a line."
-    listed = _lines(path, "names of classes, one a line")
-    if unknown := sorted(set(listed) - set(names)): raise ValueError(f"{path} lists {unknown[0]!r}, which classes.txt does not")
-    return [names.index(n) for n in listed]
-
-
 def _awa2_images(folder: Path, names: list[str]) -> tuple[list[Path], np.ndarray]:
     "Files below JPEGImages/<class>, in order, and the number of each one's class."
     files = [sorted((folder / "JPEGImages" / n).glob("*.jpg")) for n in names]
@@ -92,19 +85,12 @@ def load_awa2(
     folder = Path(folder)
     classes, predicates = _numbered(folder / "classes.txt"), _numbered(folder / "predicates.txt")
     strength, binary = _awa2_matrices(folder, (len(classes), len(predicates)))
-    train, test = (_awa2_part(folder / f"{part}classes.txt", classes) for part in ("train", "test"))
-    if both := set(train) & set(test): raise ValueError(f"class {classes[min(both)]!r} is in trainclasses.txt and in testclasses.txt")
+    train, test = (_lines(folder / f"{part}classes.txt", "names of classes, one a line") for part in ("train", "test"))
+    if unknown := {*train, *test} - {*classes}: raise ValueError(f"trainclasses.txt or testclasses.txt lists {min(unknown)!r}, which classes.txt does not")
+    if both := {*train} & {*test}: raise ValueError(f"class {min(both)!r} is in trainclasses.txt and in testclasses.txt")
     images, numbers = _awa2_images(folder, classes)
-    rows = [np.flatnonzero(np.isin(numbers, part)) for part in (train, test)]
+    rows = [np.flatnonzero(np.isin(np.array(classes)[numbers], part)) for part in (train, test)]
     return AttributeData(images, numbers, classes, predicates, strength if continuous else binary, False, *rows)
-
-# %% ../../nbs/evidence/08_attribute_data.ipynb #3c444d3c
-def _cub_attribute_file(folder: Path) -> Path:
-    "attributes.txt: in attributes/ by the README, above the data folder in the archive."
-    places = [folder / "attributes" / "attributes.txt", folder / "attributes.txt", folder.parent / "attributes.txt"]
-    for place in places:
-        if place.is_file(): return place
-    raise FileNotFoundError("no attributes.txt; looked for " + ", ".join(map(str, places)))
 
 # %% ../../nbs/evidence/08_attribute_data.ipynb #1a81c0dc
 def _cub_label(line: str, shape: tuple[int, int], certainties: int) -> tuple[int, int, float]:
@@ -149,7 +135,10 @@ def load_cub(
 ) -> AttributeData:  # 200 classes; attributes (11788, 312), of the images
     "Caltech-UCSD Birds 200-2011 in its official layout; 'not visible' is missing, not absent. Errors name file and line."
     folder = Path(folder)
-    names, classes, attributes = map(_numbered, (folder / "images.txt", folder / "classes.txt", _cub_attribute_file(folder)))
+    places = [folder / "attributes" / "attributes.txt", folder / "attributes.txt", folder.parent / "attributes.txt"]
+    found = [p for p in places if p.is_file()]
+    if not found: raise FileNotFoundError("no attributes.txt; looked for " + ", ".join(map(str, places)))
+    names, classes, attributes = map(_numbered, (folder / "images.txt", folder / "classes.txt", found[0]))
     numbers = _image_numbers(folder / "image_class_labels.txt", len(names), 1, len(classes)) - 1
     is_train = _image_numbers(folder / "train_test_split.txt", len(names), 0, 1)
     images = [folder / "images" / n for n in names]
@@ -162,9 +151,8 @@ def image_attributes(
     data: AttributeData,
 ) -> np.ndarray:  # (n, k) attributes of each image; NaN: missing
     "Attributes of images: those of its class where they belong to classes."
-    owners = data.images if data.per_image else data.class_names
-    if len(data.attributes) != len(owners):
-        raise ValueError(f"attributes have {len(data.attributes)} rows; expected one {'an image' if data.per_image else 'a class'} ({len(owners)})")
+    what, owners = ("an image", data.images) if data.per_image else ("a class", data.class_names)
+    if len(data.attributes) != len(owners): raise ValueError(f"attributes have {len(data.attributes)} rows; expected one {what} ({len(owners)})")
     return data.attributes if data.per_image else data.attributes[data.classes]
 
 # %% ../../nbs/evidence/08_attribute_data.ipynb #6d0b2452

@@ -6,7 +6,7 @@
 __all__ = ['SEEDS', 'DATASETS', 'SCENE_COUNT', 'SCENES', 'READER', 'PLAIN', 'ROWS', 'CORE', 'EMOJI', 'ONLY_SCENES', 'ENCODERS',
            'COLUMNS', 'TEXT', 'IMAGE', 'Row', 'row_recipe', 'read_rows', 'write_rows', 'settings_hash', 'load_study',
            'seed_values', 'Difference', 'paired_difference', 'holm', 'compare_rows', 'points', 'starred', 'star_table',
-           'markdown_table', 'level', 'study_table', 'plot_differences']
+           'markdown_table', 'level', 'study_table', 'gap_closed', 'plot_differences']
 
 # %% ../../nbs/evidence/05_study.ipynb #6d972099
 import csv
@@ -266,6 +266,16 @@ def study_table(
     own = lambda column: f"{100 * seed_values(runs, column[0], base, column[1]).mean():.1f}"
     columns = dict.fromkeys(key[1:] for key in found)
     return markdown_table(["", base, *names], ([COLUMNS[c], own(c), *(text.get((n, *c), "") for n in names)] for c in columns))
+
+# %% ../../nbs/evidence/05_study.ipynb #3b99d6e6
+def gap_closed(
+    clip: float,  # exact match of plain CLIP
+    kklip: float,  # exact match of KKLIP
+    teacher: float,  # exact match of the teacher
+) -> float:  # 0: no better than CLIP; 1: as good as the teacher
+    r"$(\text{KKLIP} - \text{CLIP}) / (\text{teacher} - \text{CLIP})$"
+    if not teacher > clip: raise ValueError(f"teacher {teacher} is not above CLIP {clip}: there is no gap to close")
+    return (kklip - clip) / (teacher - clip)
 
 # %% ../../nbs/evidence/05_study.ipynb #8387bc23
 _STYLES = (("o", "#0072B2"), ("s", "#E69F00"), ("D", "black"), ("x", "#CC79A7"), ("^", "#009E73"))

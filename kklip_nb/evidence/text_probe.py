@@ -6,7 +6,7 @@
 __all__ = ['Autoencoder', 'build_autoencoder', 'caption_tokens', 't5_vectors', 'decoder_logits', 'decoder_loss',
            'train_autoencoder', 'read_back', 'autoencode', 'exact_matches', 'edit_distance', 'edit_distances',
            'token_accuracy', 'student_encoder', 'Probe', 'fit_probe', 'probe_inputs', 'probe_captions', 'lookup',
-           'probe_scores', 'matches_by_kind', 'gap_closed']
+           'probe_scores', 'matches_by_kind']
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #7f918fce
 from collections.abc import Callable, Sequence
@@ -333,13 +333,3 @@ def matches_by_kind(
     if len(kinds) != len(hits): raise ValueError(f"{len(kinds)} kinds for {len(hits)} captions; expected one each")
     groups = {kind: hits[[k == kind for k in kinds]] for kind in kinds}
     return {kind: (float(h.mean()), len(h)) for kind, h in groups.items()}
-
-# %% ../../nbs/evidence/02_text_probe.ipynb #3b35bd95
-def gap_closed(
-    clip: float,  # exact match of plain CLIP
-    kklip: float,  # exact match of KKLIP
-    teacher: float,  # exact match of the teacher
-) -> float:  # 0: no better than CLIP; 1: as good as the teacher
-    r"$(\text{KKLIP} - \text{CLIP}) / (\text{teacher} - \text{CLIP})$"
-    if not teacher > clip: raise ValueError(f"teacher {teacher} is not above CLIP {clip}: there is no gap to close")
-    return (kklip - clip) / (teacher - clip)
