@@ -6,7 +6,9 @@
 Needs 10 GB of free disk for a while and, for scikit-learn's part, 12 GB of memory. Writes results/cluster.csv.
 """
 
-import quiet  # first, so that Ctrl-C during the imports below prints no traceback
+import signal
+
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
 import argparse
 import json
@@ -20,15 +22,16 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from runs import RESULTS, write_rows
 from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
 from kklip_nb.concepts import apply_scale, fit_scale
+from kklip_nb.evidence.study import write_rows
 from kklip_nb.scale.shards import cluster_shards, open_sidecar, read_labels, read_rows
 from kklip_nb.teacher import file_hash, save_embeddings
 
 PER_SHARD, PASSES = 10_000, 4
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def synthetic_rows(shard: int, count: int, d: int, groups: int) -> np.ndarray:
@@ -107,6 +110,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    quiet.listen()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try: sys.exit(main())
     except KeyboardInterrupt: sys.exit("interrupted; nothing is recorded")

@@ -8,7 +8,9 @@ the whole file written but not yet renamed. It is then started again, until all 
 never killed: sidecars, concepts and labels as files, the checkpoint's tensors, and the log but for its speeds.
 """
 
-import quiet  # first, so that Ctrl-C during the imports below prints no traceback
+import signal
+
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
 import os
 
@@ -21,7 +23,6 @@ import dataclasses
 import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -203,7 +204,7 @@ def main(kills: int, seed: int, where: Path) -> int:
 
 
 if __name__ == "__main__":
-    quiet.listen()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60, help="how often a process is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the kinds of kill and their times")
