@@ -68,8 +68,8 @@ class Towers(nn.Module):
         tokens: torch.Tensor,  # (n, t) token ids, t at most the context length
     ) -> torch.Tensor:  # (n, d) text features, not normalised; the same for every t that keeps the captions whole
         "The text tower: the features at the end-of-text token, projected."
-        tower, missing = _text_tower(self.clip), self.clip.context_length - tokens.shape[1]
-        if missing and _ignores_padding(tower): return _encode_short(tower, tokens)
+        missing = self.clip.context_length - tokens.shape[1]
+        if missing and _ignores_padding(self.clip): return _encode_short(_text_tower(self.clip), tokens)
         return self.clip.encode_text(F.pad(tokens, (0, missing)), normalize=False)
 
     @property
@@ -116,8 +116,9 @@ def _pooling(tower: nn.Module) -> tuple[str, int]:
     return (tower.text_pool_type, tower.text_eos_id) if loose else (tower.pool_type, tower.eos_id)
 
 
-def _ignores_padding(tower: nn.Module) -> bool:
+def _ignores_padding(clip: nn.Module) -> bool:
     "Is a caption's feature the same whatever stands behind its end?"
+    tower = _text_tower(clip)
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
     return causal and _pooling(tower)[0] in ("argmax", "eos", "first")
 
