@@ -68,7 +68,7 @@ class Towers(nn.Module):
         tokens: torch.Tensor,  # (n, t) token ids, t at most the context length
     ) -> torch.Tensor:  # (n, d) text features, not normalised; the same for every t that keeps the captions whole
         "The text tower: the features at the end-of-text token, projected."
-        missing = self.clip.context_length - tokens.shape[1]
+        missing = max(0, self.clip.context_length - tokens.shape[1])
         if missing and _ignores_padding(self.clip): return _encode_short(_text_tower(self.clip), tokens)
         return self.clip.encode_text(F.pad(tokens, (0, missing)), normalize=False)
 
@@ -145,7 +145,7 @@ def prepare_images(
     settings = open_clip.get_model_preprocess_cfg(student.clip)
     if not isinstance(images, torch.Tensor): images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     if images.dtype != torch.uint8: raise ValueError(f"pixels of type {images.dtype}; expected uint8 from 0 to 255")
-    x, size = images.float() / 255, to_2tuple(settings["size"])
+    x, size = images.float() / 255, tuple(to_2tuple(settings["size"]))
     if x.shape[-2:] != size: x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(settings[k], device=x.device).view(3, 1, 1) for k in ("mean", "std"))
     return (x - mean) / std

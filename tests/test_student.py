@@ -198,6 +198,12 @@ def test_any_width_gives_the_features_and_gradients_of_the_full_one(kind):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("kind", ["plain", "own module", "last", "looks ahead", "CoCa"])
+def test_tokens_beyond_the_context_are_refused(kind):
+    towers = S.Towers(tiny_clip(kind)).eval()
+    with pytest.raises(RuntimeError): towers.encode_text(torch.full((2, 20), 7))
+
+
 @pytest.mark.parametrize("kind", ["plain", "own module", "end token by id"])
 def test_the_cut_columns_are_not_computed(kind):
     towers, widths = S.Towers(tiny_clip(kind)).eval(), []
