@@ -179,7 +179,7 @@ def prepare_inputs(
     trunk = getattr(student.clip.visual, "trunk", None)
     frozen = trunk is not None and not any(p.requires_grad for p in trunk.parameters())
     images = cached_trunk_features(student, pairs.images, progress) if frozen else prepare_images(student, pairs.images)
-    return Inputs(pairs.captions, images.cpu(), tokenize(student, pairs.captions), targets, labels)
+    return Inputs(pairs.captions, images, tokenize(student, pairs.captions), targets, labels)
 
 # %% ../nbs/05_training.ipynb #a7fe46e9
 def compute_losses(
@@ -344,16 +344,17 @@ def load_checkpoint(
 
 # %% ../nbs/05_training.ipynb #bd0814de
 def train(
-    student: Student,  # trained on the device where it is
+    student: Student,
     inputs: Inputs,  # the training pairs
     recipe: Recipe,
     words: Texts | None = None,  # captions without images
     checkpoint: str | Path | None = None,  # a .safetensors file, written after each epoch and resumed from
     progress: bool = False,  # show a bar
+    device: torch.device | str | None = None,  # where to train; None: where the student is
 ) -> list[dict]:  # one dict a step: epoch, lr, total, distillation, concept, contrastive, gradient_norm
     "The whole loop; raises ValueError in a step that is not finite: the checkpoint is that of the epoch before."
     from tqdm.auto import tqdm
-    optimizer = make_optimizer(student.train(), recipe.lr, recipe.weight_decay)
+    optimizer = make_optimizer(student.to(device).train(), recipe.lr, recipe.weight_decay)
     done, history = 0, []
     if checkpoint and Path(checkpoint).exists(): done, history = load_checkpoint(checkpoint, student, optimizer, recipe)
     steps = sum(1 for epoch in range(recipe.epochs) for _ in _epoch_rows(inputs.captions, recipe, epoch))
@@ -422,5 +423,5 @@ def run_recipe(
     words = Texts(tokenize(student, material.words), torch.from_numpy(word_targets))
     checkpoint = folder and checkpoint_path(folder, recipe, material, train_rows)
     history = train(student, batch_of(inputs, train_rows), recipe, words, checkpoint, progress)
-    image_features, text_features = (x.cpu() for x in encode_all(student, inputs.images, inputs.tokens))
+    image_features, text_features = encode_all(student, inputs.images, inputs.tokens)
     return Run(student, history, image_features, text_features, concepts)
