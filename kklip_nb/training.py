@@ -63,7 +63,7 @@ class Recipe:
     layer: int = _setting(29, "not said", "chosen on validation: the teacher notebook")
     prompt: str = _setting('This image shows: "{}" in one word: "', "not said", "chosen like the layer", holding="{}")
     k: int = _setting(48, "not said", "see the concepts notebook; 16 and 144 were no better on validation", at_least=1)
-    normalise: str = _setting("unit", "not said", "else the mean rules; 'raw' is in the ablation", one_of=("unit", "raw"))
+    normalise: str = _setting("unit", "not said", "else the mean rules; 'raw' is an ablation", one_of=("unit", "raw"))
     projection: str = _setting("linear", "not said", "the simplest; 'mlp' is in the ablation", one_of=("linear", "mlp"))
     concept_on: str = _setting("both", "not said", "so each tower learns", one_of=("both", "image", "text", "concat"))
     temperature: float = _setting(0.1, "not said", "not hard, not uniform; 0.03 and 0.3 were no better", above=0)
