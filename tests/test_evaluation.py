@@ -18,6 +18,7 @@ from kklip_nb.evaluation import (
     class_features,
     evaluate,
     hits_at_k,
+    item_scores,
     knn_hits,
     median_rank,
     retrieval_recall,
@@ -374,3 +375,17 @@ def test_training_rows_and_unknown_classes_do_not_count(rng):
     assert evaluate(changed, features[::-1].copy(), encode, classes, train, test)["i2t_r1"] == scores["i2t_r1"]
     guesses = ["dog" if x[0] > x[1] else "cat" for x in features[[4, 6, 7]]]
     assert scores["zero_shot"] == pytest.approx(np.mean([g == classes[i] for g, i in zip(guesses, (4, 6, 7))]))
+
+
+def test_items_are_what_all_metrics_are_means_of(rng):
+    features, captions = rng.normal(size=(30, 6)), rng.normal(size=(30, 6))
+    classes = [None if i % 7 == 0 else "ab"[i % 2] for i in range(30)]
+    names = {"a": captions[1], "b": captions[2]}
+    encode = lambda prompts: np.stack([names[p.split()[-1]] for p in prompts])
+    train, test = np.arange(15), np.arange(15, 30)
+    items, scores = (f(features, captions, encode, classes, train, test) for f in (item_scores, evaluate))
+    assert {k: len(v) for k, v in items.items()} == {k: sum(classes[i] is not None for i in test) if k[:3] in ("zer", "knn") else 15 for k in items}
+    assert all(scores[k] == (np.median(v) if "rank" in k else v.mean()) for k, v in items.items())
+    assert retrieval_recall(features[test], captions[test]).items() <= scores.items() and median_rank(features[test], captions[test]).items() <= scores.items()
+    assert scores["alignment"] == pytest.approx(alignment(features[test], captions[test]))
+    assert scores["uniformity_text"] == pytest.approx(uniformity(captions[test]))
