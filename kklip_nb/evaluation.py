@@ -202,7 +202,7 @@ def seed_interval(
     values = _finite_numbers(values)
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
-# %% ../nbs/06_evaluation.ipynb #76256895
+# %% ../nbs/06_evaluation.ipynb #7b0c91e4
 def item_scores(
     image_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
     text_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
@@ -224,7 +224,7 @@ def item_scores(
         items[f"knn_{kind}"] = knn_hits(x[train], [classes[i] for i in train], x[known], truth)
     return items
 
-
+# %% ../nbs/06_evaluation.ipynb #76256895
 def evaluate(
     image_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
     text_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
