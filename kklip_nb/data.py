@@ -63,9 +63,9 @@ def fold_caption(
     text: str,  # a caption, a base concept or a word
 ) -> str:  # the same for all texts that read the same; empty if there is nothing to read
     "A text without letter case, runs of white space, invisible characters, and second ways to write a character."
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold())
-    shown = (c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf") and c not in "\ufe0e\ufe0f")
-    return " ".join("".join(shown).split())
+    text = unicodedata.normalize("NFKD", text).casefold()
+    seen = (c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf") and c not in "\ufe0e\ufe0f")
+    return " ".join(unicodedata.normalize("NFKC", "".join(seen)).split())
 
 # %% ../nbs/00_data.ipynb #868b1d34
 _PEOPLE = r"\b(woman|women|man|men|person|people|boy|girl|child|adult|and)\b(?!’)"
@@ -98,7 +98,8 @@ def openmoji_table() -> list[dict]:  # one dict a drawing: path, emoji, caption,
         code = path.stem.replace("-FE0F", "")
         if code not in names: continue
         char, caption = names[code]
-        rows.append(dict(path=path, emoji=char, caption=caption, base=base_concept(caption), **classes.get(code, unknown)))
+        row = dict(path=path, emoji=char, caption=caption, base=base_concept(caption))
+        rows.append(row | classes.get(code, unknown))
     return rows
 
 # %% ../nbs/00_data.ipynb #1d5544bd
@@ -110,26 +111,20 @@ def render_svg(
     import resvg_py
     if not Path(path).exists(): raise FileNotFoundError(f"no such SVG file: {path}")
     try: png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, background="white"))
-    except Exception as error: raise ValueError(f"cannot draw {path}: {error}; expected a well-formed SVG file") from error
+    except Exception as error: raise ValueError(f"cannot draw {path} ({error}); expected an SVG file") from error
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 # %% ../nbs/00_data.ipynb #ab774ef8
 def _drawings_file(rows: list[dict], size: int) -> Path:
-    "Where the pictures of these drawings are kept."
+    "Where the pictures of these drawings are kept, as plain bytes."
     key = hashlib.sha256("".join(f"{r['path'].name}{r['path'].stat().st_size}" for r in rows).encode()).hexdigest()
-    return cache_dir() / f"openmoji-{size}px-{key[:12]}.npy"
+    return cache_dir() / f"openmoji-{size}px-{key[:12]}.rgb"
 
 
-def _save_npy(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file: np.save(file, array, allow_pickle=False)
-
-
-def _load_npy(path: Path, shape: tuple) -> np.ndarray:
-    try: images = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error: raise ValueError(f"cannot read {path}: {error}; delete it") from error
-    if images.shape != shape or images.dtype != np.uint8:
-        raise ValueError(f"{path} holds {images.dtype} {images.shape}; expected uint8 {shape}; delete it")
-    return images
+def _load_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    "An array of bytes; a ValueError if the file holds more or fewer."
+    try: return np.fromfile(path, np.uint8).reshape(shape)
+    except ValueError as error: raise ValueError(f"{path} does not hold {shape} bytes ({error}); delete it") from error
 
 # %% ../nbs/00_data.ipynb #6288be6f
 def load_openmoji(
@@ -141,9 +136,9 @@ def load_openmoji(
     if not cached.exists():
         from tqdm.auto import tqdm
         images = np.stack([render_svg(r["path"], size) for r in tqdm(rows, desc=f"drawing at {size} px")])
-        write_atomically(cached, lambda part: _save_npy(part, images))
-    columns = [[r[c] for r in rows] for c in ("caption", "base", "category", "subcategory")]
-    return Pairs(_load_npy(cached, (len(rows), size, size, 3)), *columns)
+        write_atomically(cached, images.tofile)
+    columns = ([r[c] for r in rows] for c in ("caption", "base", "category", "subcategory"))
+    return Pairs(_load_pixels(cached, (len(rows), size, size, 3)), *columns)
 
 # %% ../nbs/00_data.ipynb #e9217c0c
 SIX = ("dog face", "cat face", "hamburger", "pizza", "airplane", "sailboat")
@@ -174,7 +169,8 @@ def split_by_base(
 ) -> Split:
     "Split rows by base concept: all variants of one thing land in one part; raises ValueError if the shares cannot be."
     if not len(bases): raise ValueError("no captions: cannot split an empty list of base concepts")
-    if not (val >= 0 and test >= 0 and val + test < 1): raise ValueError(f"val={val} and test={test} must be >= 0 and sum below 1")
+    if not (val >= 0 and test >= 0 and val + test < 1):
+        raise ValueError(f"val={val} and test={test} must be >= 0 and sum below 1")
     keys = [fold_caption(b) for b in bases]
     concepts = sorted(set(keys))
     n_test, n_val = round(test * len(concepts)), round(val * len(concepts))
@@ -189,7 +185,7 @@ def deal_captions(
     captions: Sequence[str],  # of all rows
     order: Iterable[int],  # row numbers, in the order in which they are dealt
     batch_size: int,  # rows a batch
-) -> tuple[list[np.ndarray], list[int]]:  # row numbers of each full batch; the rows left over, fewer than batch_size captions
+) -> tuple[list[np.ndarray], list[int]]:  # rows of each full batch; rows left over, of fewer than batch_size captions
     "Fill batches in the given order; a row whose caption is in the batch already waits for the next one."
     keys, fresh, waiting, batches = [fold_caption(c) for c in captions], iter(order), [], []
     while True:
@@ -211,7 +207,8 @@ def caption_batches(
     "One epoch of shuffled batches in which no caption occurs twice; left-over rows wait for the next epoch."
     kinds = len({fold_caption(c) for c in captions})
     if batch_size < 2: raise ValueError(f"batch_size={batch_size}; contrastive learning needs at least 2 rows a batch")
-    if batch_size > kinds: raise ValueError(f"batch_size={batch_size} but only {kinds} different captions; choose a smaller batch")
+    if batch_size > kinds:
+        raise ValueError(f"batch_size={batch_size} but only {kinds} different captions; choose a smaller batch")
     return deal_captions(captions, np.random.default_rng(seed).permutation(len(captions)).tolist(), batch_size)[0]
 
 # %% ../nbs/00_data.ipynb #f9861b93
@@ -267,7 +264,7 @@ def _grey(image: Image.Image) -> Image.Image:
     whites = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
     white = next((w for w in whites if values.min() >= 0 and values.max() <= w), None)
     if white is None:
-        raise ValueError(f"grey values {values.min()} to {values.max()} of mode {image.mode}; expected 0 to {whites[-1]}: scale them")
+        raise ValueError(f"grey from {values.min()} to {values.max()} (mode {image.mode}); expected 0 to {whites[-1]}")
     grey = np.rint(values * (255 / white)).astype(np.uint8)
     clear = image.info.get("transparency")  # of a 16-bit PNG: one grey value
     return Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey).astype(np.uint8))
@@ -278,8 +275,8 @@ def decode_image(
 ) -> Image.Image:  # RGB, upright by its EXIF note, white where it is transparent
     "Any picture as a viewer shows it; raises FileNotFoundError, or a ValueError that names the file."
     if not isinstance(source, (str, Path, bytes, Image.Image)):
-        raise ValueError(f"expected an image file, its bytes or a PIL image, got {type(source).__name__}: {source!r:.80}")
-    if isinstance(source, (str, Path)) and not Path(source).exists(): raise FileNotFoundError(f"no such image: {source}")
+        raise ValueError(f"expected an image file, bytes or a PIL image, got {type(source).__name__} {source!r:.80}")
+    if isinstance(source, (str, Path)) and not Path(source).exists(): raise FileNotFoundError(f"no image {source}")
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         image = file if isinstance(file, Image.Image) else Image.open(file)
@@ -299,9 +296,10 @@ def read_image(
     "One picture, whole: the longer side is fitted, the rest is white."
     image = decode_image(source)
     scale = size / max(image.size)
-    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    sides = [max(1, round(side * scale)) for side in image.size]
     square = Image.new("RGB", (size, size), "white")
-    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    image = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    square.paste(image, [(size - side) // 2 for side in sides])
     return np.asarray(square)
 
 # %% ../nbs/00_data.ipynb #e827d888
@@ -319,11 +317,11 @@ def _read_table(path: Path) -> list[dict]:
     "Rows of a CSV or JSONL file."
     kind = path.suffix.lower()
     if kind not in (".csv", ".jsonl"): raise ValueError(f"{path} ends in {path.suffix!r}; expected .csv or .jsonl")
-    if not path.is_file(): raise FileNotFoundError(f"no table {path}; expected a .csv or .jsonl file with captions")
+    if not path.is_file(): raise FileNotFoundError(f"no table {path}; expected a file with captions")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file)) if kind == ".csv" else [json.loads(s) for s in file if s.strip()]
-    except (ValueError, csv.Error) as error: raise ValueError(f"cannot read {path}: {error}; expected UTF-8 text") from error
+            rows = [*csv.DictReader(file)] if kind == ".csv" else [json.loads(s) for s in file if s.strip()]
+    except (ValueError, csv.Error) as error: raise ValueError(f"cannot read {path}: {error}; expected UTF-8") from error
     if not rows: raise ValueError(f"no captions: {path} has no rows")
     return rows
 
@@ -332,7 +330,7 @@ def _check_columns(what: object, rows: Iterable, *columns: str) -> None:
     "A ValueError unless each row is a dict with these columns."
     for i, row in enumerate(rows):
         if not isinstance(row, dict): raise ValueError(f"row {i} of {what} is {row!r:.80}; expected columns with names")
-        if None in row: raise ValueError(f"row {i} of {what} has more cells than columns; quote captions that hold commas")
+        if None in row: raise ValueError(f"row {i} of {what} has more cells than columns; quote captions with commas")
         for column in columns:
             if column not in row:
                 raise ValueError(f"row {i} of {what} has no column {column!r}; it has {sorted(map(str, row))}; "
@@ -343,7 +341,7 @@ def _inside(folder: Path, name: object, row: int) -> Path:
     "The image's path; a ValueError if it leads out of the folder."
     if not isinstance(name, str) or not name.strip(): raise ValueError(f"row {row} names no image ({name!r})")
     if Path(name).anchor or ".." in Path(name).parts:
-        raise ValueError(f"row {row}: {name!r} leads out of {folder}; expected a path relative to that folder, without '..'")
+        raise ValueError(f"row {row}: {name!r} leads out of {folder}; expected a path within it, without '..'")
     return folder / name
 
 # %% ../nbs/00_data.ipynb #cc28f703
@@ -370,8 +368,9 @@ def load_dataset_pairs(
 ) -> Pairs:
     "Pairs from a Hugging Face dataset with an image and a caption column; raises ValueError for splits and streams."
     names = getattr(dataset, "column_names", None)
-    if isinstance(names, dict): raise ValueError(f"this is a dictionary of splits {sorted(names)}; pass one, such as dataset['train']")
-    if not hasattr(dataset, "__len__"): raise ValueError("a streamed dataset has no length; pass list(dataset.take(1000))")
-    _check_columns("the dataset", dataset if names is None else [dict.fromkeys(names)], image_column, caption_column)
+    if isinstance(names, dict): raise ValueError(f"these are splits {sorted(names)}; pass one: dataset['train']")
+    if not hasattr(dataset, "__len__"): raise ValueError("a stream has no length; pass list(dataset.take(1000))")
+    rows = dataset if names is None else [dict.fromkeys(names)]
+    _check_columns("the dataset", rows, image_column, caption_column)
     captions = [r[caption_column] for r in dataset] if names is None else list(dataset[caption_column])
     return _pairs_from_columns((dataset[i][image_column] for i in range(len(captions))), captions, size)

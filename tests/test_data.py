@@ -1,15 +1,18 @@
 """Pairs, splits, batches and readers; on small made-up input and on the real table of drawings."""
 
 import csv
+import io
 import json
+import random
 import re
+import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kklip_nb.data import (
     SIX,
@@ -17,6 +20,9 @@ from kklip_nb.data import (
     base_concept,
     cache_dir,
     caption_batches,
+    deal_captions,
+    decode_image,
+    fold_caption,
     load_dataset_pairs,
     load_folder,
     load_openmoji,
@@ -101,7 +107,75 @@ def test_the_six_of_the_worked_example_are_found_in_order(openmoji_rows):
     assert [captions[i] for i in six_rows(captions)] == list(SIX)
 
 
+# ---- texts that read the same
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Hot  Dog ", "hot dog"), ("hot\u00a0dog", "hot dog"), ("hot\tdog\n", "hot dog"), ("café", "cafe\u0301"), ("Ångström", "A\u030angstro\u0308m"),
+        ("STRASSE", "straße"), ("\ufb01sh", "fish"), ("ＡＢＣ", "abc"), ("zero\u200bwidth", "zerowidth"), ("\ufeffbom", "bom"), ("soft\u00adhyphen", "softhyphen"),
+        ("nul\0", "nul"), ("\0nul", "nul"), ("e\u200b\u0301", "é"), ("☺\ufe0f", "☺"), ("ﾊﾟ", "パ"), ("각", "각"), ("Ⅳ", "iv"), ("ℌ", "h"),
+    ],
+)
+def test_texts_that_read_the_same_are_one(one, other):
+    assert fold_caption(one) == fold_caption(other)
+    both = [one, other] * 20 + [f"{i} other" for i in range(10)]
+    split = split_by_base(both)
+    assert sum(bool({0, 1} & set(part.tolist())) for part in split) == 1
+    assert all(len({fold_caption(both[i]) for i in batch}) == 4 for batch in caption_batches(both, 4, seed=0))
+
+
+@pytest.mark.parametrize("one, other", [("cafe", "café"), ("hotdog", "hot dog"), ("o’clock", "oclock"), ("a-b", "ab"), ("c1", "c2")])
+def test_texts_that_read_otherwise_are_two(one, other):
+    assert fold_caption(one) != fold_caption(other)
+
+
+@given(text=st.text(max_size=12))
+def test_folding_twice_is_folding_once_and_forms_do_not_matter(text):
+    folded = fold_caption(text)
+    assert fold_caption(folded) == folded == folded.strip()
+    assert {fold_caption(unicodedata.normalize(form, text)) for form in ("NFC", "NFD", "NFKC", "NFKD")} == {folded}
+
+
+def test_the_course_s_texts_are_folded_already(openmoji_rows):
+    assert all(fold_caption(r["caption"]) == r["caption"].lower() and fold_caption(r["base"]) == r["base"] for r in openmoji_rows)
+
+
 # ---- split
+
+
+def naive_split(bases, seed, val=0.15, test=0.2):
+    "The split as it was first written, with numpy's unique: every result of the course was made with it."
+    concepts = np.unique(np.asarray(bases, dtype=object).astype(str))
+    shuffled = np.random.default_rng(2412).permutation(concepts)
+    n_test, n_val = round(test * len(concepts)), round(val * len(concepts))
+    rest = np.random.default_rng(seed).permutation(shuffled[n_test:])
+    part = dict.fromkeys(shuffled[:n_test], 2) | dict.fromkeys(rest[:n_val], 1)
+    which = np.array([part.get(b, 0) for b in bases])
+    return [np.flatnonzero(which == p) for p in range(3)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_course_s_splits_have_not_moved(seed, openmoji_rows):
+    bases = [r["base"] for r in openmoji_rows]
+    for ours, first in zip(split_by_base(bases, seed), naive_split(bases, seed)): np.testing.assert_array_equal(ours, first)
+
+
+@pytest.mark.parametrize("ending", ["\0", "\0\0", "\ud800", "🙂", "\x85"])
+def test_odd_characters_do_not_move_a_row(ending):
+    split = split_by_base([f"c{i:02}{ending}" for i in range(100)], seed=1)
+    for part, plain in zip(split, split_by_base([f"c{i:02}" for i in range(100)], seed=1)): assert len(part) == len(plain)
+    assert [len(p) for p in split] == [65, 15, 20]
+
+
+def test_a_folder_of_two_ways_to_write_does_not_leak(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "i.png")
+    captions = [unicodedata.normalize(form, f"crème {i}") for i in range(40) for form in ("NFC", "NFD")]
+    write_csv(tmp_path / "captions.csv", [("i.png", c) for c in captions])
+    pairs = load_folder(tmp_path, size=4)
+    read = [{unicodedata.normalize("NFC", pairs.captions[i]) for i in part} for part in split_by_base(pairs.bases)]
+    assert not read[0] & read[1] and not read[0] & read[2] and sum(map(len, read)) == 40
 
 
 def check_split(split, bases):
@@ -175,6 +249,46 @@ def test_batches_hold_no_caption_twice_and_no_row_twice(captions, size, seed):
     left = Counter(captions) - Counter(captions[i] for i in rows)
     assert len(left) < size  # what is left could not fill another batch
     assert batches == [b.tolist() for b in caption_batches(captions, size, seed)]
+
+
+def naive_batches(captions, batch_size, seed):
+    "Batches as they were first written: one scan of all that waits for each."
+    waiting = np.random.default_rng(seed).permutation(len(captions)).tolist()
+    while len(waiting) >= batch_size:
+        batch, later = {}, []
+        for position, row in enumerate(waiting):
+            if captions[row] in batch: later.append(row)
+            else: batch[captions[row]] = row
+            if len(batch) == batch_size:
+                later += waiting[position + 1 :]
+                break
+        waiting = later
+        if len(batch) == batch_size: yield list(batch.values())
+
+
+@given(captions=st.lists(st.sampled_from("abcdefgh"), min_size=8, max_size=60), seed=st.integers(0, 999))
+def test_batches_have_not_moved(captions, seed):
+    size = len(set(captions))
+    for batch_size in range(2, size + 1):
+        assert [b.tolist() for b in caption_batches(captions, batch_size, seed)] == list(naive_batches(captions, batch_size, seed))
+
+
+def test_the_course_s_batches_have_not_moved(openmoji_rows):
+    for column in ("caption", "base"):
+        texts = [r[column] for r in openmoji_rows]
+        assert [b.tolist() for b in caption_batches(texts, 64, 3)] == list(naive_batches(texts, 64, 3))
+
+
+@given(captions=st.lists(st.sampled_from(["a", "A", " a", "b", "c", "d", "e"]), max_size=40), size=st.integers(1, 6), seed=st.integers(0, 99))
+def test_dealing_loses_no_row(captions, size, seed):
+    order = random.Random(seed).sample(range(len(captions)), len(captions))
+    batches, left = deal_captions(captions, order, size)
+    assert sorted(np.concatenate([*batches, left]).tolist()) == list(range(len(captions)))
+    assert all(len(b) == len({fold_caption(captions[i]) for i in b}) == size for b in batches)
+    assert len({fold_caption(captions[i]) for i in left}) < size
+    more = [f"new {i}" for i in range(size)]  # what is left over goes on in front of the next shard
+    again, _ = deal_captions(captions + more, left + [len(captions) + i for i in range(size)], size)
+    assert again and (not left or again[0][0] == left[0])
 
 
 def test_another_epoch_has_another_order():
@@ -424,6 +538,90 @@ def test_colour_modes_come_out_the_same(mode):
 )
 def test_grey_pictures_stay_grey(image):
     np.testing.assert_allclose(read_image(image, 8), 100, atol=1)
+
+
+def naive_read_image(source, size):
+    "read_image as it was first written, by way of RGBA."
+    image = ImageOps.exif_transpose(source if isinstance(source, Image.Image) else Image.open(source)).convert("RGBA")
+    scale = size / max(image.size)
+    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=2.0)
+    square = Image.new("RGBA", (size, size), "white")
+    square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return np.asarray(square.convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", ["array", "JPEG", "JPEG on its side", "PNG", "grey JPEG", "CMYK"])
+def test_no_pixel_of_an_opaque_picture_has_changed(kind, rng, tmp_path):
+    for number in range(12):
+        width, height, size = (int(n) for n in rng.integers(1, (700, 700, 260)))
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        if kind == "CMYK": picture = picture.convert("CMYK")
+        if kind == "grey JPEG": picture = picture.convert("L")
+        if kind != "array":
+            exif = Image.Exif()
+            if "side" in kind: exif[0x0112] = 1 + number % 8
+            source = tmp_path / ("x.png" if kind == "PNG" else "x.jpg")
+            picture.save(source, exif=exif)
+        else: source = picture
+        np.testing.assert_array_equal(read_image(source, size), naive_read_image(source, size))
+        if kind != "array": np.testing.assert_array_equal(read_image(source.read_bytes(), size), read_image(source, size))
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.int32([[0, 200, 255]]), [0, 200, 255]),
+        (np.int32([[0, 256, 65535]]), [0, 1, 255]),
+        (np.uint16([[0, 257, 65535]]), [0, 1, 255]),
+        (np.float32([[0, 0.5, 1]]), [0, 128, 255]),
+        (np.arange(256, dtype=np.float32)[None] / 255, range(256)),
+        (np.arange(256, dtype=np.float32)[None], range(256)),
+        (np.int32([[0, 0, 0]]), [0, 0, 0]),
+    ],
+)
+def test_grey_of_many_bits_keeps_its_scale(values, expected, tmp_path):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    for source in (Image.fromarray(values), tmp_path / "a.tif", (tmp_path / "a.tif").read_bytes()):
+        image = decode_image(source)
+        assert image.mode == "RGB"
+        for channel in range(3): assert np.asarray(image)[0, :, channel].tolist() == list(expected)
+
+
+@pytest.mark.parametrize(
+    "values", [np.int32([[0, 100_000]]), np.int32([[-5, 60_000]]), np.int32([[-1, 0]]), np.float32([[-0.1, 1]]), np.float32([[0, 256]]), np.float32([[0, np.nan]]), np.float32([[0, np.inf]])]
+)
+def test_grey_without_a_known_scale_is_refused(values, tmp_path):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="a.tif.*expected 0 to"): decode_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I;16B", "I", "F"])
+def test_every_mode_of_pillow_is_right_or_refused(mode):
+    grey, values = Image.new("L", (4, 4), 0), {"I;16": 65535, "I;16B": 65535, "I": 255, "F": 255.0}
+    grey.paste(255, (2, 0, 4, 4))
+    if mode in values:
+        picture = Image.new(mode, (4, 4), 0)
+        picture.paste(values[mode], (2, 0, 4, 4))
+    else: picture = grey.convert("RGBA").convert("RGBa") if mode == "RGBa" else grey.convert("RGB").convert(mode)
+    np.testing.assert_allclose(np.asarray(decode_image(picture))[0, :, 1].astype(int), [0, 0, 255, 255], atol=2)
+    assert picture.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "P", "LA", "RGBA"])
+def test_every_kind_of_transparency_becomes_white(mode, tmp_path):
+    picture = Image.new(mode, (4, 4), {"LA": (0, 0), "RGBA": (0, 0, 0, 0)}.get(mode, 0))
+    key = {"L": 0, "P": 0, "I;16": 0, "RGB": (0, 0, 0)}
+    picture.save(tmp_path / "a.png", **(dict(transparency=key[mode]) if mode in key else {}))
+    assert (np.asarray(decode_image(tmp_path / "a.png")) == 255).all()
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert np.asarray(decode_image(half))[0, 0, 0] == pytest.approx(127, abs=1)
+
+
+def test_broken_bytes_are_refused_by_their_number():
+    with pytest.raises(ValueError, match="3 bytes"): decode_image(b"abc")
+    file = io.BytesIO()
+    red(64, 64).save(file, "JPEG")
+    with pytest.raises(ValueError, match="300 bytes"): decode_image(file.getvalue()[:300])
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
