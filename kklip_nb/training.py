@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAPTOP', 'PAPER', 'Recipe', 'recipe_table', 'Material', 'recorded_material', 'make_targets', 'Inputs', 'Texts',
-           'batch_of', 'prepare_inputs', 'compute_losses', 'make_optimizer', 'learning_rate', 'train_step',
-           'epoch_batches', 'word_batch', 'save_checkpoint', 'load_checkpoint', 'train', 'Run', 'run_key',
-           'checkpoint_path', 'run_recipe']
+           'batch_of', 'to_device', 'prepare_inputs', 'compute_losses', 'make_optimizer', 'learning_rate',
+           'optimizer_step', 'train_step', 'epoch_batches', 'word_batch', 'save_checkpoint', 'load_checkpoint', 'train',
+           'Run', 'run_key', 'checkpoint_path', 'run_recipe']
 
 # %% ../nbs/05_training.ipynb #72114a3b
 import dataclasses
@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,61 +23,77 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .concepts import Concepts, apply_scale, fit_concepts, fit_scale, soft_labels
-from .data import Pairs, caption_batches, load_openmoji, load_words, write_atomically
+from .concepts import Concepts, apply_scale, fit_concepts, fit_scale, label_entropy, soft_labels
+from .data import Pairs, caption_batches, load_openmoji, load_words
 from .losses import concept_loss, contrastive_loss, kklip_loss, text_distillation_loss
-from .student import (MAX_LOGIT_SCALE, Student, WordTable, build_student,
-                              cached_trunk_features, encode_all, prepare_images,
-                              start_from_words, tokenize)
+from .student import (MAX_LOGIT_SCALE, Student, WordTable, build_student, cached_trunk_features, cut_padding,
+                              encode_all, prepare_images, start_from_words, tokenize)
 from .teacher import load_embeddings
+from .tools import check_found, finite_matrix, write_atomically
 
 # %% ../nbs/05_training.ipynb #ac0dd32d
-def _setting(value: Any, paper: str, reason: str) -> Any:
-    "A field of the recipe: our value, what the paper says, and why we choose what we choose."
-    return field(default=value, metadata=dict(paper=paper, reason=reason))
+def _setting(value: Any, paper: str, reason: str, **allowed: Any) -> Any:
+    "A field of the recipe: our value, what the paper says, why we choose ours, and which values are possible."
+    return dataclasses.field(default=value, metadata=dict(paper=paper, reason=reason, allowed=allowed))
+
+
+def _possible(value: Any, at_least: float = -math.inf, above: float = -math.inf, one_of: tuple = (), holding: str = ""):
+    if isinstance(value, str): return holding in value and (not one_of or value in one_of)
+    return value is None or (at_least <= value < math.inf and value > above)
 
 # %% ../nbs/05_training.ipynb #ed1007e1
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
-    "Every setting of a run in one place."
+    "Every setting of a run in one place; raises ValueError for a value that no run could use."
     student: str = _setting("kklip-laptop", "not said", "small enough for the CPU of a laptop")
-    pretrained: str | None = _setting(None, "not said", "a pretrained CLIP has to be downloaded; the course runs offline")
+    pretrained: str | None = _setting(None, "not said", "a pretrained CLIP has to be downloaded; we run offline")
     imagenet: bool = _setting(True, "not said", "a thousand pictures are too few to teach an image trunk from nothing")
-    train_image: str = _setting("head", "not said", "a frozen trunk has to be run only once")
+    train_image: str = _setting("head", "not said", "a frozen trunk has to be run only once", one_of=("head", "all"))
     teacher: str = _setting("smollm2", "Llama 2", "Llama's architecture with 135 M parameters, open, from a package")
-    pooling: str = _setting("last", "not said", "chosen on validation, see the teacher notebook")
-    layer: int = _setting(29, "not said", "chosen on validation, see the teacher notebook")
-    prompt: str = _setting('This image shows: "{}" in one word: "', "not said", "chosen on validation, see the teacher notebook")
-    k: int = _setting(48, "not said", "argued in the concepts notebook; 16 and 144 were no better on validation in the end")
-    normalise: str = _setting("unit", "not said", "centred and of unit length: else the mean and the longest captions rule; 'raw' is tried in the ablation")
-    projection: str = _setting("linear", "not said", "the simplest map to the teacher's dimension; 'mlp' is tried in the ablation")
-    concept_on: str = _setting("both", "not said", "a classifier for each modality, so that each tower learns; 'image', 'text' and 'concat' are tried in the ablation")
-    temperature: float = _setting(0.1, "not said", "labels neither hard nor uniform; 0.03 and 0.3 were no better on validation")
-    alpha: float = _setting(2.0, "1", "weight of distillation; 0, 1 and 4 were no better on validation")
-    beta: float = _setting(1.0, "0.01", "weight of concept learning; 0, 0.3 and 3 were no better on validation in the end")
-    gamma: float = _setting(1.0, "1", "weight of the contrastive loss; the other two are measured against it")
+    pooling: str = _setting("last", "not said", "chosen on validation: the teacher notebook", one_of=("last", "mean"))
+    layer: int = _setting(29, "not said", "chosen on validation: the teacher notebook")
+    prompt: str = _setting('This image shows: "{}" in one word: "', "not said", "chosen like the layer", holding="{}")
+    k: int = _setting(48, "not said", "see the concepts notebook; 16 and 144 were no better on validation", at_least=1)
+    normalise: str = _setting("unit", "not said", "'raw', in the ablation, is mostly the mean", one_of=("unit", "raw"))
+    projection: str = _setting("linear", "not said", "the simplest; 'mlp' is in the ablation", one_of=("linear", "mlp"))
+    concept_on: str = _setting("both", "not said", "a classifier for each tower; the rest is in the ablation",
+                               one_of=("both", "image", "text", "concat"))
+    temperature: float = _setting(0.1, "not said", "not hard, not uniform; 0.03 and 0.3 were no better", above=0)
+    alpha: float = _setting(2.0, "1", "weight of distillation; 0, 1 and 4 were no better on validation", at_least=0)
+    beta: float = _setting(1.0, "0.01", "weight of concept learning; 0, 0.3 and 3 were no better", at_least=0)
+    gamma: float = _setting(1.0, "1", "weight of the contrastive loss; the others are measured against it", at_least=0)
     word_table: bool = _setting(True, "not said", "start the tokens from the teacher's words; chosen on validation")
-    words: int = _setting(3000, "none mentioned", "captions without images, for distillation: the pairs alone hold too few words")
-    word_batch: int = _setting(256, "none mentioned", "so many of them a step, beside the pairs; as many as pairs")
-    epochs: int = _setting(40, "100", "a run shall take about a minute on a laptop")
-    batch_size: int = _setting(256, "not said", "many negatives, yet several steps an epoch")
-    lr: float = _setting(1e-3, "5e-5", "small towers bear larger steps than a pretrained CLIP; half and double were no better on validation")
-    weight_decay: float = _setting(0.1, "not said", "a usual value; not on biases, norms and logit_scale")
-    warmup: int = _setting(20, "not said", "steps; AdamW knows little about the gradients at first")
-    seed: int = _setting(0, "not said", "of weights, concepts, order of the pairs and draw of the words")
+    words: int = _setting(3000, "none mentioned", "captions without images: pairs alone hold too few words", at_least=0)
+    word_batch: int = _setting(256, "none mentioned", "so many of them a step; as many as pairs", at_least=0)
+    epochs: int = _setting(40, "100", "a run shall take about a minute on a laptop", at_least=1)
+    batch_size: int = _setting(256, "not said", "many negatives, yet several steps an epoch", at_least=2)
+    lr: float = _setting(1e-3, "5e-5", "small towers bear larger steps; half and double were no better", above=0)
+    weight_decay: float = _setting(0.1, "not said", "a usual value; not on biases, norms and logit_scale", at_least=0)
+    warmup: int = _setting(20, "not said", "steps; AdamW knows little about the gradients at first", at_least=0)
+    seed: int = _setting(0, "not said", "of weights, concepts, order of the pairs and draw of the words", at_least=0)
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            kind = f.type | int if f.type is float else f.type
+            right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            if not (right and _possible(value, **allowed)):
+                expected = "".join(f", {how.replace('_', ' ')} {limit}" for how, limit in allowed.items())
+                raise ValueError(f"{f.name}={value!r}; expected {getattr(f.type, '__name__', f.type)}{expected}")
 
 # %% ../nbs/05_training.ipynb #311f0e36
 LAPTOP = Recipe()
-PAPER = Recipe(student="ViT-B-32-quickgelu", pretrained="openai", imagenet=False, train_image="all",
-               teacher="meta-llama/Llama-2-7b-hf", k=1000, alpha=1.0, beta=0.01, word_table=False, words=0, word_batch=0,
-               epochs=100, batch_size=1024, lr=5e-5, warmup=1000, layer=-1)
+PAPER = Recipe(student="ViT-B-32-quickgelu", pretrained="openai", imagenet=False, train_image="all", layer=-1,
+               teacher="meta-llama/Llama-2-7b-hf", k=1000, alpha=1.0, beta=0.01, word_table=False, words=0,
+               word_batch=0, epochs=100, batch_size=1024, lr=5e-5, warmup=1000)
 
 # %% ../nbs/05_training.ipynb #63609684
 def recipe_table(
     recipe: Recipe,
 ) -> list[dict[str, str]]:  # a dict a setting: setting, ours, paper, reason
     "The recipe as rows to print: our value, the paper's, and the reason."
-    return [dict(setting=f.name, ours=str(getattr(recipe, f.name)), **f.metadata) for f in dataclasses.fields(recipe)]
+    return [dict(setting=f.name, ours=str(getattr(recipe, f.name))) | {k: f.metadata[k] for k in ("paper", "reason")}
+            for f in dataclasses.fields(recipe)]
 
 # %% ../nbs/05_training.ipynb #14948837
 class Material(NamedTuple):
@@ -132,34 +147,39 @@ class Texts(NamedTuple):
 
 # %% ../nbs/05_training.ipynb #bf20bfe9
 def batch_of(
-    inputs: Inputs,
+    inputs: Inputs | Texts,
     rows: Sequence[int] | np.ndarray,  # which pairs
-) -> Inputs:
-    "Some rows of the inputs."
+) -> Inputs | Texts:  # tokens cut to the longest of these captions
+    "The inputs of these rows alone."
     index = torch.as_tensor(rows)
-    return Inputs([inputs.captions[i] for i in rows], *(x[index] for x in inputs[1:]))
+    batch = type(inputs)(*(x[index] if isinstance(x, torch.Tensor) else [x[i] for i in rows] for x in inputs))
+    return batch._replace(tokens=cut_padding(batch.tokens))
+
+
+def to_device(
+    batch: Inputs | Texts,
+    device: torch.device | str,
+) -> Inputs | Texts:
+    "The same batch on that device."
+    return type(batch)(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in batch))
 
 # %% ../nbs/05_training.ipynb #1d0fa8a2
 def prepare_inputs(
     student: Student,
     pairs: Pairs,
-    targets: np.ndarray,  # (n, d) standardised teacher embeddings
-    labels: np.ndarray,  # (n, k) soft labels
+    targets: np.ndarray | torch.Tensor,  # (n, d) standardised teacher embeddings
+    labels: np.ndarray | torch.Tensor,  # (n, k) soft labels: probabilities
     progress: bool = False,  # show a bar
-) -> Inputs:  # of all pairs
-    "All that training reads, as tensors; a frozen trunk is run here, once."
-    frozen = hasattr(student.clip.visual, "trunk") and not any(p.requires_grad for p in student.clip.visual.trunk.parameters())
+) -> Inputs:  # of all pairs, on the CPU
+    "All that training reads, as tensors; raises ValueError for targets or labels that are not as above."
+    label_entropy(labels)  # raises ValueError for rows that are no probabilities
+    targets, labels = (torch.from_numpy(finite_matrix(*x)).float() for x in (("targets", targets), ("labels", labels)))
+    if not len(targets) == len(labels) == len(pairs.captions):
+        raise ValueError(f"{len(pairs.captions)} pairs, {len(targets)} targets, {len(labels)} labels; expected as many")
+    trunk = getattr(student.clip.visual, "trunk", None)
+    frozen = trunk is not None and not any(p.requires_grad for p in trunk.parameters())
     images = cached_trunk_features(student, pairs.images, progress) if frozen else prepare_images(student, pairs.images)
-    return Inputs(pairs.captions, images, tokenize(student, pairs.captions),
-                  torch.from_numpy(targets).float(), torch.from_numpy(labels).float())
-
-# %% ../nbs/05_training.ipynb #3c0cb29d
-def _concept_part(student: Student, image_features: torch.Tensor, text_features: torch.Tensor, labels: torch.Tensor, on: str) -> torch.Tensor:
-    "Concept loss on both modalities, each by itself; on one of them; or on their concatenation."
-    if on not in ("both", "image", "text", "concat"): raise ValueError(f"concept_on={on!r}; expected 'both', 'image', 'text' or 'concat'")
-    logits = [student.predict_concepts(f, m) for f, m in ((image_features, "image"), (text_features, "text")) if on in ("both", "concat", m)]
-    if on == "concat": return concept_loss(sum(logits), labels)
-    return sum(concept_loss(some, labels) for some in logits) / len(logits)
+    return Inputs(pairs.captions, images.cpu(), tokenize(student, pairs.captions), targets, labels)
 
 # %% ../nbs/05_training.ipynb #a7fe46e9
 def compute_losses(
@@ -167,16 +187,18 @@ def compute_losses(
     batch: Inputs,
     recipe: Recipe,
     words: Texts | None = None,  # captions without images, for distillation alone
-    gather: Callable | None = None,  # image and text features → those of the whole batch, where this is a part (notebook 12)
+    gather: Callable | None = None,  # image and text features → those of the global batch, where this is a part of it
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total; the three parts by name
     "One forward pass through both towers and all three losses."
-    n = len(batch.tokens)
-    tokens, targets = batch.tokens, batch.targets
-    if words is not None: tokens, targets = torch.cat([tokens, words.tokens]), torch.cat([targets, words.targets])
-    image_features, all_text_features = student.encode_image(batch.images), student.encode_text(tokens)
-    text_features = all_text_features[:n]
-    distillation = text_distillation_loss(student.predict_teacher(all_text_features), targets)
-    concept = _concept_part(student, image_features, text_features, batch.labels, recipe.concept_on)
+    image_features, text_features = student.encode_image(batch.images), student.encode_text(batch.tokens)
+    taught, targets = text_features, batch.targets
+    if words is not None:
+        taught, targets = torch.cat([taught, student.encode_text(words.tokens)]), torch.cat([targets, words.targets])
+    distillation = text_distillation_loss(student.predict_teacher(taught), targets)
+    both = dict(image=image_features, text=text_features)
+    scores = [student.predict_concepts(x, m) for m, x in both.items() if recipe.concept_on in (m, "both", "concat")]
+    if recipe.concept_on == "concat": scores = [sum(scores)]
+    concept = sum(concept_loss(x, batch.labels) for x in scores) / len(scores)
     if gather is not None: image_features, text_features = gather(image_features, text_features)
     contrastive = contrastive_loss(image_features, text_features, student.logit_scale)
     return kklip_loss(distillation, concept, contrastive, recipe.alpha, recipe.beta, recipe.gamma)
@@ -205,24 +227,46 @@ def learning_rate(
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 # %% ../nbs/05_training.ipynb #604102d6
+def optimizer_step(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    lr: float,  # learning rate of this step
+    max_norm: float | None = None,  # a longer gradient is shortened to this; None: never
+) -> float:  # length of the gradient over all parameters, before it is shortened
+    "One step along the gradients, none where their length is not finite; logit_scale never leaves its range."
+    for group in optimizer.param_groups: group["lr"] = lr
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_norm is not None: nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    norm = norm.item()
+    if math.isfinite(norm): optimizer.step()
+    with torch.no_grad(): student.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+    return norm
+
+# %% ../nbs/05_training.ipynb #5a1e0005
 def train_step(
     student: Student,
     optimizer: torch.optim.Optimizer,
-    batch: Inputs,
+    batch: Inputs,  # on any device, as the words
     recipe: Recipe,
     lr: float,  # learning rate of this step
     words: Texts | None = None,  # captions without images
-) -> dict[str, float]:  # total and the three parts
-    "Forward, backward, one step of AdamW; logit_scale never leaves its range."
-    for group in optimizer.param_groups: group["lr"] = lr
+) -> dict[str, float]:  # total and the three parts, before the step; gradient_norm
+    "Forward, backward, one step of AdamW."
+    device = student.clip.logit_scale.device
+    batch, words = to_device(batch, device), None if words is None else to_device(words, device)
     total, parts = compute_losses(student, batch, recipe, words)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     total.backward()
-    optimizer.step()
-    with torch.no_grad(): student.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-    return dict(total=total.item(), **{k: v.item() for k, v in parts.items()})
+    norm = optimizer_step(student, optimizer, lr)
+    values = torch.stack([total, *parts.values()]).tolist()  # the one look at the losses: a GPU waits for it
+    return dict(zip(("total", *parts), values), gradient_norm=norm)
 
 # %% ../nbs/05_training.ipynb #475502cf
+def _epoch_rows(captions: Sequence[str], recipe: Recipe, epoch: int) -> Iterator[np.ndarray]:
+    return caption_batches(captions, recipe.batch_size, seed=recipe.seed * 10_000 + epoch)
+
+
 def epoch_batches(
     inputs: Inputs,
     recipe: Recipe,
@@ -231,20 +275,16 @@ def epoch_batches(
     "The batches of one epoch: fixed by the recipe's seed and the epoch, so that a resumed run sees the same."
     for rows in _epoch_rows(inputs.captions, recipe, epoch): yield batch_of(inputs, rows)
 
-
-def _epoch_rows(captions: Sequence[str], recipe: Recipe, epoch: int) -> Iterator[np.ndarray]:
-    return caption_batches(captions, recipe.batch_size, seed=recipe.seed * 10_000 + epoch)
-
 # %% ../nbs/05_training.ipynb #240bc008
 def word_batch(
     words: Texts | None,  # all captions without images
     recipe: Recipe,
     step: int,  # from 0
 ) -> Texts | None:  # those of one step; None where the recipe has no use for them
-    "Some words, drawn by the recipe's seed and the step alone, so that a resumed run sees the same."
+    "A draw by the recipe's seed and the step alone, so that a resumed run sees the same."
     if words is None or not recipe.word_batch or not recipe.alpha: return None
-    rows = np.random.default_rng([recipe.seed, step]).integers(len(words.tokens), size=recipe.word_batch)
-    return Texts(words.tokens[rows], words.targets[rows])
+    draw = np.random.default_rng([recipe.seed, step])
+    return batch_of(words, draw.integers(len(words.tokens), size=recipe.word_batch))
 
 # %% ../nbs/05_training.ipynb #257a7b43
 def save_checkpoint(
@@ -260,6 +300,7 @@ def save_checkpoint(
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": torch.as_tensor(v).contiguous() for k, v in state.items()}
     tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available(): tensors["random_cuda"] = torch.cuda.get_rng_state()
     metadata = dict(kind="kklip_nb checkpoint", recipe=json.dumps(dataclasses.asdict(recipe)), epoch=str(epoch),
                     history=json.dumps(history))
     return write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
@@ -273,68 +314,58 @@ def _read_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, torch.
             metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it and train again") from error
-    if metadata.get("kind") != "kklip_nb checkpoint":
-        raise ValueError(f"{path} is a safetensors file but no checkpoint of this package; give another path")
+    check_found(path, metadata, dict(kind="kklip_nb checkpoint"), "give the path of a checkpoint of this package")
     return metadata, tensors
 
 
-def _check_recipe(path: str | Path, saved: dict, wanted: dict) -> None:
-    other = {k: (saved.get(k), v) for k, v in wanted.items() if saved.get(k) != v}
-    if other: raise ValueError(f"{path} belongs to another recipe; as {{setting: (saved, given)}}: {other}; use another folder")
+def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    "Optimiser and random state as they were."
+    state: dict[int, dict] = {}
+    for key, value in tensors.items():
+        kind, *place = key.split(".")
+        if kind == "optimizer": state.setdefault(int(place[0]), {})[place[1]] = value
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
+    torch.set_rng_state(tensors["random"])
+    if "random_cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["random_cuda"])
 
 # %% ../nbs/05_training.ipynb #b59ec49f
 def load_checkpoint(
     path: str | Path,  # a file that save_checkpoint wrote
-    student: Student,  # its weights are overwritten
-    optimizer: torch.optim.Optimizer | None,  # its state is overwritten, and torch's random state; None: the weights alone
+    student: Student,  # its weights are overwritten, on the device where they are
+    optimizer: torch.optim.Optimizer | None,  # overwritten, and torch's random state; None: the weights alone
     recipe: Recipe,  # must be the one the run was started with
 ) -> tuple[int, list[dict]]:  # epochs finished, history
     "Take up a run where it was left; raises FileNotFoundError, or ValueError for a corrupt file or another recipe."
     metadata, tensors = _read_checkpoint(path)
-    _check_recipe(path, json.loads(metadata["recipe"]), dataclasses.asdict(recipe))
+    check_found(path, json.loads(metadata["recipe"]), dataclasses.asdict(recipe), "use its recipe, or another folder")
     student.load_state_dict({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")})
-    if optimizer is not None:
-        _restore_optimizer(optimizer, tensors)
-        torch.set_rng_state(tensors["random"])
+    if optimizer is not None: _restore(optimizer, tensors)
     return int(metadata["epoch"]), json.loads(metadata["history"])
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict] = {}
-    for key, value in tensors.items():
-        if not key.startswith("optimizer."): continue
-        _, number, name = key.split(".")
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
-
-# %% ../nbs/05_training.ipynb #1e41cdd7
-def _count_steps(captions: Sequence[str], recipe: Recipe) -> int:
-    "Steps of the whole run; where captions repeat, fewer batches may fit into an epoch, so they are counted."
-    if len(set(captions)) == len(captions): return recipe.epochs * (len(captions) // recipe.batch_size)
-    return sum(1 for epoch in range(recipe.epochs) for _ in _epoch_rows(captions, recipe, epoch))
 
 # %% ../nbs/05_training.ipynb #bd0814de
 def train(
-    student: Student,
+    student: Student,  # trained on the device where it is
     inputs: Inputs,  # the training pairs
     recipe: Recipe,
     words: Texts | None = None,  # captions without images
     checkpoint: str | Path | None = None,  # a .safetensors file, written after each epoch and resumed from
     progress: bool = False,  # show a bar
-) -> list[dict]:  # one dict a step: epoch, lr, total, distillation, concept, contrastive
-    "The whole loop."
+) -> list[dict]:  # one dict a step: epoch, lr, total, distillation, concept, contrastive, gradient_norm
+    "The whole loop; raises ValueError in a step that is not finite: the checkpoint is that of the epoch before."
     from tqdm.auto import tqdm
-    student.train()
-    optimizer = make_optimizer(student, recipe.lr, recipe.weight_decay)
+    optimizer = make_optimizer(student.train(), recipe.lr, recipe.weight_decay)
     done, history = 0, []
     if checkpoint and Path(checkpoint).exists(): done, history = load_checkpoint(checkpoint, student, optimizer, recipe)
-    steps = _count_steps(inputs.captions, recipe)
-    for epoch in tqdm(range(done, recipe.epochs), initial=done, total=recipe.epochs, desc="epochs",
-                      disable=not progress or done == recipe.epochs):
+    steps = sum(1 for epoch in range(recipe.epochs) for _ in _epoch_rows(inputs.captions, recipe, epoch))
+    for epoch in tqdm(range(done, recipe.epochs), "epochs", recipe.epochs, initial=done, disable=not progress):
         for batch in epoch_batches(inputs, recipe, epoch):
-            lr = learning_rate(len(history), steps, recipe.lr, recipe.warmup)
-            some = word_batch(words, recipe, len(history))
-            history.append(dict(epoch=epoch, lr=lr, **train_step(student, optimizer, batch, recipe, lr, some)))
+            step = len(history)
+            lr = learning_rate(step, steps, recipe.lr, recipe.warmup)
+            losses = train_step(student, optimizer, batch, recipe, lr, word_batch(words, recipe, step))
+            if not all(map(math.isfinite, losses.values())):
+                raise ValueError(f"step {step} is not finite: {losses}; lower the learning rate (lr={recipe.lr}), "
+                                 f"or look for a broken row in its batch: {batch.captions[:3]} …")
+            history.append(dict(epoch=epoch, lr=lr, **losses))
         if checkpoint: save_checkpoint(checkpoint, student, optimizer, recipe, epoch + 1, history)
     return history
 
@@ -379,16 +410,17 @@ def run_recipe(
     train_rows: np.ndarray,  # rows of the training split
     folder: str | Path | None = None,  # where the checkpoint is kept and found again
     progress: bool = False,  # show bars
-) -> Run:
+    device: torch.device | str = "cpu",  # where the student trains and stays
+) -> Run:  # its features on the CPU
     "From captions and embeddings to a trained student: every step of the course in order."
     targets, concepts, labels = make_targets(material.embeddings, train_rows, recipe)
     student = build_student(recipe.student, recipe.pretrained, targets.shape[1], recipe.k,
                             recipe.imagenet, recipe.train_image, recipe.seed, recipe.projection)
     if recipe.word_table: start_from_words(student, material.word_table)
-    inputs = prepare_inputs(student, material.pairs, targets, labels, progress)
+    inputs = prepare_inputs(student.to(device), material.pairs, targets, labels, progress)
     word_targets = apply_scale(material.word_embeddings, fit_scale([material.embeddings[train_rows]], recipe.normalise))
     words = Texts(tokenize(student, material.words), torch.from_numpy(word_targets))
     checkpoint = folder and checkpoint_path(folder, recipe, material, train_rows)
     history = train(student, batch_of(inputs, train_rows), recipe, words, checkpoint, progress)
-    image_features, text_features = encode_all(student, inputs.images, inputs.tokens)
+    image_features, text_features = (x.cpu() for x in encode_all(student, inputs.images, inputs.tokens))
     return Run(student, history, image_features, text_features, concepts)
