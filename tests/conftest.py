@@ -34,10 +34,11 @@ def openmoji_rows():
 SMALL = "--k 4 --student kklip-laptop-vit --no-imagenet --train-image all --batch-size 8 --epochs 2 --warmup 1".split()
 
 
-def fake_teacher(name, device="cpu", dtype=torch.float32):
+@pytest.fixture(scope="session")
+def fake_teacher():
     "A random Llama of width 32 in place of the packaged one; it is told nothing of the captions."
     from kklip_nb.scale.rehearsal import random_teacher
-    return random_teacher(["a red dog", "two blue cats", "pizza"], 32)._replace(source=f"{name} sha256:0")
+    return lambda name, device="cpu", dtype=torch.float32: random_teacher(["a red dog", "two blue cats", "pizza"], 32)._replace(source=f"{name} sha256:0")
 
 
 def make_photos(folder, first):
@@ -59,7 +60,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(photos, tmp_path_factory):
+def finished(photos, fake_teacher, tmp_path_factory):
     "All stages, run once in this process: data, held-out (shards alone) and run."
     from kklip_nb import teacher
     from kklip_nb.scale.command_line import main

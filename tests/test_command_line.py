@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SMALL, fake_teacher
 from kklip_nb import teacher
 from kklip_nb.scale import command_line as cli
-from kklip_nb.scale.command_line import is_users, main, parse
+from kklip_nb.scale.command_line import main, message, parse
 from kklip_nb.scale.loader import shard_recipe
 from kklip_nb.training import LAPTOP, PAPER, Recipe
+
+SMALL = "--k 4 --student kklip-laptop-vit --no-imagenet --train-image all --batch-size 8 --epochs 2 --warmup 1".split()  # as in conftest
 
 
 def given(*line):
@@ -34,7 +35,7 @@ def test_all_stages_leave_their_files(finished):
     assert list((finished / "run").glob("checkpoint*.safetensors")) and not list(finished.rglob("*.part"))
 
 
-def test_a_second_call_changes_nothing(finished, monkeypatch):
+def test_a_second_call_changes_nothing(finished, fake_teacher, monkeypatch):
     before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
     monkeypatch.setattr(teacher, "load_teacher", fake_teacher)
     assert main(["embed", str(finished / "data"), "--layer", "-1"]) == main(["cluster", str(finished / "data"), "--layer", "-1", "--k", "4"]) == 0
@@ -45,7 +46,7 @@ def test_a_second_call_changes_nothing(finished, monkeypatch):
 @pytest.mark.parametrize("line, name, value", [
     ("--k 3", "k", 3), ("--lr=1e-4", "lr", 1e-4), ("--no-imagenet", "imagenet", False), ("--imagenet", "imagenet", True),
     ("--pretrained none", "pretrained", None), ("--pretrained None", "pretrained", None), ("--pretrained openai", "pretrained", "openai"),
-    ("--layer -1", "layer", -1), ("--prompt none", "prompt", "none")])
+    ("--layer -1", "layer", -1), ("--student none", "student", "none")])
 def test_fields_are_read_by_their_type(line, name, value):
     found = getattr(given(*line.split()), name)
     assert found == value and type(found) is type(value)
@@ -123,7 +124,7 @@ def test_overview_names_all_commands(capsys):
     (["embed", "{data}", "--layer", "3"], "made otherwise"), (["cluster", "{data}", "--k", "5"], "made otherwise"), (["cluster", "nowhere"], "no shards|No such|cannot read|nowhere"),
     (["train", "{data}", "{run}2", "--layer", "-1", *SMALL, "--k", "9"], "give the same recipe"), (["train", "{data}", "{run}", "--layer", "-1", *SMALL, "--lr", "0.5"], "another recipe|made otherwise"),
     (["train", "{data}", "{run}3", "--layer", "-1", *SMALL, "--streams", "3"], "cannot be cut"), (["evaluate", "{run}4", "{data}"], "run.json is missing"), (["export", "{run}5"], "run.json is missing")])
-def test_an_error_is_one_line_and_status_1(finished, monkeypatch, capsys, line, said):
+def test_an_error_is_one_line_and_status_1(finished, fake_teacher, monkeypatch, capsys, line, said):
     monkeypatch.setattr(teacher, "load_teacher", fake_teacher)
     line = [x.format(data=finished / "data", run=finished / "run") for x in line]
     assert main(line) == 1
@@ -151,14 +152,14 @@ def test_only_what_this_package_raises_on_purpose_is_the_users():
     from kklip_nb.data import read_image
     from kklip_nb.tools import check_found
     def disk(number): raise OSError(number, os.strerror(number))
-    assert is_users(raised(lambda: read_image("no-such-file", 8))) and is_users(raised(lambda: check_found("x", {}, dict(a=1), "mend it")))
-    assert is_users(raised(lambda: disk(errno.ENOSPC))) and is_users(raised(lambda: disk(errno.EACCES)))
+    assert message(raised(lambda: read_image("no-such-file", 8))) and message(raised(lambda: check_found("x", {}, dict(a=1), "mend it")))
+    assert message(raised(lambda: disk(errno.ENOSPC))) and message(raised(lambda: disk(errno.EACCES)))
     inside = {"__name__": "kklip_nb.made_up"}  # a module of ours with bugs
     exec("import torch\ndef parse(): int('x')\ndef shapes(): torch.ones(2, 3) @ torch.ones(2, 3)\ndef key(): return {}['x']\ndef sure(): assert False\n"
          "def kind(): raise TypeError('a bug')\ndef ours():\n    try: int('x')\n    except ValueError as error: raise ValueError('give a number') from error", inside)
-    assert is_users(raised(inside["ours"]))
-    for bug in ("parse", "shapes", "key", "sure", "kind"): assert not is_users(raised(inside[bug])), bug
-    for other in (lambda: int("x"), lambda: disk(errno.EIO), lambda: torch.nn.Linear(2, 2)(torch.ones(3))): assert not is_users(raised(other))
+    assert message(raised(inside["ours"]))
+    for bug in ("parse", "shapes", "key", "sure", "kind"): assert not message(raised(inside[bug])), bug
+    for other in (lambda: int("x"), lambda: disk(errno.EIO), lambda: torch.nn.Linear(2, 2)(torch.ones(3))): assert not message(raised(other))
 
 
 def test_an_error_in_a_loader_process_is_told_apart_as_well():
@@ -171,8 +172,8 @@ def test_an_error_in_a_loader_process_is_told_apart_as_well():
             from kklip_nb.data import read_image
             return int("x") if self.bug else read_image("no-such-file", 8)
     found = [raised(lambda: list(DataLoader(Rows(bug), num_workers=1))) for bug in (False, True)]
-    assert [is_users(error) for error in found] == [True, False]
-    assert cli.message(found[0]) == "no such image: no-such-file"
+    assert [bool(message(error)) for error in found] == [True, False]
+    assert message(found[0]) == "no image no-such-file"
 
 
 def test_a_bug_keeps_its_traceback_with_the_rank_in_front(monkeypatch, capsys):
@@ -215,7 +216,7 @@ def test_a_refused_training_leaves_the_runs_papers_alone(finished, tmp_path):
     assert (run / "run.json").read_bytes() == before
 
 
-def test_workers_share_the_shards(finished, monkeypatch, tmp_path):
+def test_workers_share_the_shards(finished, fake_teacher, monkeypatch, tmp_path):
     shutil.copytree(finished / "data" / "shards", tmp_path / "data" / "shards")
     monkeypatch.setattr(teacher, "load_teacher", fake_teacher)
     for rank in ("1", "0"):
@@ -248,7 +249,7 @@ def test_the_damage_table_names_tests_that_are_there():
     assert len(named) > 40 and named <= defined, named - defined
 
 
-def test_each_worker_of_a_machine_takes_its_own_gpu(finished, monkeypatch):
+def test_each_worker_of_a_machine_takes_its_own_gpu(finished, fake_teacher, monkeypatch):
     asked = []
     monkeypatch.setattr(teacher, "load_teacher", lambda name, device, dtype: asked.append(device) or fake_teacher(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

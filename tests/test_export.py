@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from kklip_nb.data import decode_image, read_image
@@ -60,7 +61,7 @@ def test_export_gives_the_same_features(name, tmp_path, rng):
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval().encode_text(tokens), student.encode_text(tokens))
         torch.testing.assert_close(loaded.encode_image(ours), student.encode_image(ours), rtol=1e-4, atol=1e-5)
-    own = open_clip.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip)), is_train=False)
+    own = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip)), is_train=False)
     torch.testing.assert_close(preprocess(wide), own(wide))
     if name.startswith("kklip"): assert (ours - preprocess(wide)[None]).abs().mean() < 0.05 < (ours - open_clip.image_transform(side, is_train=False)(wide)[None]).abs().mean()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Data', 'Run', 'Recipes', 'NO_WORDS', 'COMMANDS', 'folder_pairs', 'hub_pairs', 'Shards', 'Embed', 'Cluster',
-           'check_agrees', 'Train', 'Export', 'Evaluate', 'settings_class', 'recipe_named', 'parse', 'is_users',
+           'check_agrees', 'Train', 'Export', 'Evaluate', 'settings_class', 'recipe_named', 'parse', 'message',
            'overview', 'main']
 
 # %% ../../nbs/scale/08_command_line.ipynb #68565a76
@@ -12,8 +12,8 @@ import argparse
 import dataclasses
 import dis
 import errno
-import json
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -98,12 +98,13 @@ class Shards:
         paths = write_shards(pairs, self.data / "shards", self.per_shard, self.size, progress=True)
         print(f"{len(paths)} shards in {self.data / 'shards'}")
 
-# %% ../../nbs/scale/08_command_line.ipynb #67210eed
+# %% ../../nbs/scale/08_command_line.ipynb #14c29c67
 @dataclass
 class Embed:
     """The teacher embeds each shard's captions, once.
 
-    example: kklip embed data, or on 8 GPUs: torchrun --nproc-per-node 8 -m kklip_nb.scale.command_line embed data.
+    example: kklip embed data, or on 8 GPUs: torchrun --nproc-per-node 8 -m kklip_nb.scale.command_line embed data
+
     Several machines share the work if each is told its RANK and the WORLD_SIZE.
     What is unusable is listed, and stays out of all later stages.
     """
@@ -166,7 +167,7 @@ def check_agrees(
     if Path(recipe.teacher).exists(): del wanted["teacher"]  # a folder has no name of its own
     check_found("the data folder", found, wanted, "give the same recipe to all stages")
 
-# %% ../../nbs/scale/08_command_line.ipynb #a59cf2c5
+# %% ../../nbs/scale/08_command_line.ipynb #ba4138d5
 def _train(train: "Train", recipe: Any) -> None:
     "Train in this process, and export in the first."
     from kklip_nb.scale.distributed import start_world, train_shards
@@ -176,7 +177,7 @@ def _train(train: "Train", recipe: Any) -> None:
     how = {k: getattr(train, k) for k in method}
     often = {k: getattr(train, k) for k in ("workers", "save_every", "keep", "eval_every", "tensorboard")}
     with start_world() as world:
-        how["streams"], first = train.streams or world.size, world.rank == 0
+        how["streams"], first = train.streams or world.world_size, world.rank == 0
         data = open_data(_urls(train.data, train.shards), train.data / "embeddings", train.data / "concepts")
         check_agrees(recipe, data)
         new = not list(train.run.glob("checkpoint*.safetensors"))
@@ -287,7 +288,7 @@ def recipe_named(
     early.add_argument("--recipe", nargs="?")
     return dataclasses.replace(PAPER if early.parse_known_args(argv)[0].recipe == "paper" else LAPTOP, **NO_WORDS)
 
-# %% ../../nbs/scale/08_command_line.ipynb #124f268e
+# %% ../../nbs/scale/08_command_line.ipynb #e4c52764
 COMMANDS = dict(shards=Shards, embed=Embed, cluster=Cluster, train=Train, export=Export, evaluate=Evaluate)
 
 
@@ -300,32 +301,36 @@ def parse(
     if not hasattr(command, "recipe"): return tyro.cli(command, **how), None
     recipe = recipe_named(argv)
     both = dataclasses.make_dataclass("Both", [("command", command), ("recipe", settings_class(recipe))])
-    both.__doc__ = command.__doc__
-    given = tyro.cli(tyro.conf.OmitArgPrefixes[both], **how)
+    given = tyro.cli(tyro.conf.OmitArgPrefixes[both], description="", **how)
     may_be_none = {k for k, kind in typing.get_type_hints(type(recipe)).items() if type(None) in typing.get_args(kind)}
     fields = {k: None if v == "none" and k in may_be_none else v for k, v in vars(given.recipe).items()}
     return given.command, dataclasses.replace(recipe, **fields)
 
-# %% ../../nbs/scale/08_command_line.ipynb #c856b548
-def is_users(
+# %% ../../nbs/scale/08_command_line.ipynb #92eb21d2
+_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_IN_WORKER = re.compile(r'.*Original Traceback.*File "[^"]*kklip_nb[^\n]*\n[^\n]*\braise [^\n]*\n(?:[ ^~]*\n)?[\w.]+: (.*)', re.S)
+
+
+def message(
     error: BaseException,
-) -> bool:
-    "Is this the user's to mend: raised by this package on purpose, or by a disk that is full or closed?"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS): return True
-    if "No space left" in str(error): return True
+) -> str | None:  # None for a bug
+    "What to tell the user, where this package raised on purpose, or a disk is full or closed."
+    if "No space left" in str(error): return f"{error}; the disk is full: free some space and run the same command again"
+    if getattr(error, "errno", None) in _CLOSED: return str(error)
+    if match := _IN_WORKER.fullmatch(str(error)): return match[1].strip()
     last = error.__traceback__
     while last.tb_next: last = last.tb_next
     raised = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
     ours = last.tb_frame.f_globals.get("__name__", "").startswith("kklip_nb.")
-    return raised and ours and isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
+    return str(error) if raised and ours and isinstance(error, (ValueError, OSError, RuntimeError, ImportError)) else None
 
-# %% ../../nbs/scale/08_command_line.ipynb #4f708fc1
+# %% ../../nbs/scale/08_command_line.ipynb #125a8dd7
 def _report(name: str, error: Exception) -> None:
     "Print one line for the user, or a bug's traceback; the process's rank in front, where there are several."
-    text = f"kklip {name}: {error}" if is_users(error) else "".join(traceback.format_exception(error))
-    if "No space left" in str(error): text += "; the disk is full: free some space and run the same command again"
+    said = message(error)
+    text = f"kklip {name}: {said}" if said else "".join(traceback.format_exception(error))
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(textwrap.indent(text, rank, lambda line: True), file=sys.stderr)
+    print(textwrap.indent(text.rstrip(), rank, lambda line: True), file=sys.stderr)
 
 
 def overview() -> str:

@@ -6,7 +6,8 @@
 __all__ = ['PRECISIONS', 'PATIENCE', 'WIDTH', 'Finding', 'count_memory', 'peak_memory', 'count_teacher', 'check_access',
            'check_settings', 'random_teacher', 'rehearse_stages', 'rehearse', 'report_rehearsal']
 
-# %% ../../nbs/scale/07_rehearsal.ipynb #c2ddd425
+# %% ../../nbs/scale/07_rehearsal.ipynb #6eaefc1b
+import copy
 import dataclasses
 import shutil
 import tempfile
@@ -29,13 +30,14 @@ from ..student import Student, _create_clip, _model_config, check_activation
 from ..teacher import Teacher, _unpacked_teacher, embed_captions, packaged_teacher
 from ..training import Recipe
 
-# %% ../../nbs/scale/07_rehearsal.ipynb #83827bd6
+# %% ../../nbs/scale/07_rehearsal.ipynb #8aa134f4
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16, auto=torch.bfloat16)  # auto: as on a GPU
 
 
 def _kept(student: Student, pairs: int, precision: str) -> int:
-    "Bytes that one forward pass keeps for the backward pass, parameters aside; the student is left without numbers."
-    kept, dtype, side = {}, PRECISIONS[precision], student.clip.visual.image_size
+    "Bytes that one forward pass keeps for the backward pass, parameters aside."
+    student, kept, dtype = copy.deepcopy(student), {}, PRECISIONS[precision]
+    side = student.clip.visual.image_size
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
