@@ -16,12 +16,12 @@ import torch
 from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
+from .tools import finite_matrix
+
 # %% ../nbs/06_evaluation.ipynb #c3091a64
 def _unit_rows(name: str, features: Any) -> np.ndarray:
     "(n, d) float64 rows of length one, or a ValueError that says what was given."
-    x = features.detach().cpu().double().numpy() if isinstance(features, torch.Tensor) else np.asarray(features, np.float64)
-    if x.ndim != 2 or not x.size: raise ValueError(f"{name} has shape {x.shape}; expected (n, d), neither of them 0")
-    if not np.isfinite(x).all(): raise ValueError(f"{name} holds NaN or infinite values; the model has diverged or the input is broken")
+    x = finite_matrix(name, features)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 # %% ../nbs/06_evaluation.ipynb #1ad9732d
@@ -32,17 +32,23 @@ def _hit_chance(places: int, ties: int, good: int) -> float:
     return 1.0 - math.comb(ties - good, places) / math.comb(ties, places)
 
 # %% ../nbs/06_evaluation.ipynb #82fc207c
+def _ties(similarities: Any, right: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "For each query: candidates above its best right answer, those as good, and the right ones among these."
+    scores, right = finite_matrix("similarities", similarities), np.asarray(right, bool)
+    if scores.shape != right.shape or not right.any(1).all():
+        raise ValueError(f"similarities {scores.shape} and right {right.shape} need one shape and a right answer a row")
+    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
+    tied = scores == best
+    return (scores > best).sum(1), tied.sum(1), (tied & right).sum(1)
+
+
 def hits_at_k(
     similarities: np.ndarray,  # (n, m) of n queries with m candidates
     right: np.ndarray,  # (n, m) booleans: the right answers of each query, at least one
     k: int,  # how many candidates are looked at
 ) -> np.ndarray:  # (n,) in 0 … 1
     "Chance that a right answer is among the first k, ties being put in random order."
-    best = np.where(right, similarities, -np.inf).max(1, keepdims=True)
-    above = (similarities > best).sum(1)
-    tied = similarities == best
-    ties, good = tied.sum(1), (tied & right).sum(1)
-    return np.array([_hit_chance(k - a, t, g) for a, t, g in zip(above, ties, good)])
+    return np.array([_hit_chance(k - above, ties, good) for above, ties, good in zip(*_ties(similarities, right))])
 
 # %% ../nbs/06_evaluation.ipynb #0993dba8
 def first_place(
@@ -50,16 +56,20 @@ def first_place(
     right: np.ndarray,  # (n, m) booleans: the right answers of each query, at least one
 ) -> np.ndarray:  # (n,) from 1
     "Expected place of each query's first right answer, ties being put in random order."
-    best = np.where(right, similarities, -np.inf).max(1, keepdims=True)
-    tied = similarities == best
-    ties, good = tied.sum(1), (tied & right).sum(1)
-    return (similarities > best).sum(1) + (ties + 1) / (good + 1)
+    above, ties, good = _ties(similarities, right)
+    return above + (ties + 1) / (good + 1)
 
 # %% ../nbs/06_evaluation.ipynb #3064aaab
+def _unit_pairs(image_features: Any, text_features: Any) -> tuple[np.ndarray, np.ndarray]:
+    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
+    if images.shape != texts.shape:
+        raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
+    return images, texts
+
+
 def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
     "(n, n) cosines of images with texts; rounded, so that equal features tie whatever the order of summation."
-    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
-    if images.shape != texts.shape: raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
+    images, texts = _unit_pairs(image_features, text_features)
     return np.round(images @ texts.T, 10)
 
 # %% ../nbs/06_evaluation.ipynb #91eed7d4
@@ -67,7 +77,7 @@ def _right_answers(n: int, text_ids: Sequence | None) -> np.ndarray:
     "(n, n) booleans: is text j a right answer to image i?"
     if text_ids is None: return np.eye(n, dtype=bool)
     if len(text_ids) != n: raise ValueError(f"{len(text_ids)} text_ids for {n} pairs; expected one a pair")
-    _, ids = np.unique(np.asarray([str(i) for i in text_ids]), return_inverse=True)
+    ids = np.asarray([str(i) for i in text_ids])
     return ids[:, None] == ids
 
 # %% ../nbs/06_evaluation.ipynb #ff7967fb
@@ -78,9 +88,9 @@ def retrieval_recall(
     text_ids: Sequence | None = None,  # n ids: rows with equal ids are right answers for each other
 ) -> dict[str, float]:  # i2t_r1, t2i_r1, …
     "Share of queries that find a right answer among the k most similar; a tie counts its expected value."
+    if any(int(k) != k or k < 1 for k in ks): raise ValueError(f"ks={tuple(ks)}; expected whole numbers of at least 1")
     similarities = _similarities(image_features, text_features)
     right = _right_answers(len(similarities), text_ids)
-    if any(int(k) != k or k < 1 for k in ks): raise ValueError(f"ks={tuple(ks)}; expected whole numbers of at least 1")
     return {f"{way}_r{k}": float(hits_at_k(s, r, min(k, len(s))).mean())
             for way, s, r in (("i2t", similarities, right), ("t2i", similarities.T, right.T)) for k in ks}
 
@@ -113,11 +123,13 @@ def zero_shot_hits(
     image_features: np.ndarray | torch.Tensor,  # (n, d)
     text_classifier: np.ndarray,  # (classes, d) from class_features
     classes: Sequence[str],  # class names, in the order of text_classifier
-    truth: Sequence[str],  # n true class names
-) -> np.ndarray:  # (n,) 1.0 where the most similar class is the true one, 0.0 where not; a tie counts its expected value
-    "Which images are classified rightly with nothing but class names."
+    truth: Sequence[str],  # n true class names, all of them among the classes
+) -> np.ndarray:  # (n,) 1.0 where the most similar class is the true one, 0.0 where not, between them for a tie
+    "Which images are classified rightly with nothing but class names; a tie counts its expected value."
     images, texts = _unit_rows("image_features", image_features), _unit_rows("text_classifier", text_classifier)
-    if len(truth) != len(images): raise ValueError(f"{len(truth)} true classes for {len(images)} images; expected one each")
+    n, wanted = len(images), (len(classes), images.shape[1])
+    if len(truth) != n: raise ValueError(f"{len(truth)} true classes for {n} images; expected one each")
+    if texts.shape != wanted: raise ValueError(f"text_classifier has shape {texts.shape}; expected {wanted}")
     return hits_at_k(np.round(images @ texts.T, 10), np.asarray(truth)[:, None] == np.asarray(classes), 1)
 
 # %% ../nbs/06_evaluation.ipynb #cd5f68aa
@@ -133,7 +145,7 @@ def knn_hits(
     for rows, names in ((train, train_classes), (test, classes)):
         if len(rows) != len(names): raise ValueError(f"{len(names)} classes for {len(rows)} rows; expected one each")
     knn = KNeighborsClassifier(min(neighbours, len(train)), metric="cosine", algorithm="brute", weights="distance")
-    return (knn.fit(train, list(train_classes)).predict(test) == np.asarray(classes)).astype(float)
+    return (knn.fit(train, np.asarray(train_classes)).predict(test) == np.asarray(classes)).astype(float)
 
 # %% ../nbs/06_evaluation.ipynb #ac6744c8
 def alignment(
@@ -141,8 +153,7 @@ def alignment(
     text_features: np.ndarray | torch.Tensor,  # (n, d) row i belongs to image i
 ) -> float:  # 0 (best) … 4
     "Mean squared distance of the two unit vectors of a pair (Wang and Isola 2020)."
-    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
-    if images.shape != texts.shape: raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
+    images, texts = _unit_pairs(image_features, text_features)
     return float(((images - texts) ** 2).sum(1).mean())
 
 # %% ../nbs/06_evaluation.ipynb #ffb77ddf
@@ -157,6 +168,13 @@ def uniformity(
     return float(np.log(np.exp(-t * squared).mean()))
 
 # %% ../nbs/06_evaluation.ipynb #7c73ca67
+def _finite_numbers(values: Any) -> np.ndarray:
+    "(n,) float64, from numbers, booleans or a tensor."
+    x = np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, float)
+    if x.ndim != 1 or not x.size: raise ValueError(f"values have shape {x.shape}; expected (n,), n not 0")
+    return finite_matrix("values", x[None])[0]
+
+
 def bootstrap_interval(
     values: Sequence[float],  # one number a test item, such as 0 or 1 for a hit
     groups: Sequence | None = None,  # items of one group are drawn together, such as a base concept
@@ -164,10 +182,8 @@ def bootstrap_interval(
     draws: int = 2000,  # resamples
 ) -> tuple[float, float]:  # 95 % interval of the mean
     "What the mean could have been with other test items: resamples items, or whole groups of them."
-    values = np.asarray(values, float)
+    values = _finite_numbers(values)
     groups = np.arange(len(values)) if groups is None else np.asarray(groups)
-    if not len(values): raise ValueError("no values; give at least one")
-    if not np.isfinite(values).all(): raise ValueError("values hold NaN or infinite numbers; drop or mend these items first")
     if len(groups) != len(values): raise ValueError(f"{len(groups)} groups for {len(values)} values; expected one each")
     _, group = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
@@ -181,9 +197,9 @@ def seed_interval(
     values: Sequence[float],  # one number a seed, or one paired difference a seed; at least 2
 ) -> tuple[float, float]:  # mean, half width of the 95 % interval
     "Mean over seeds with Student's t interval: what other seeds could have given."
-    values = np.asarray(values, float)
     if len(values) < 2: raise ValueError(f"{len(values)} seed gives no interval; run at least 2")
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    values = _finite_numbers(values)
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 # %% ../nbs/06_evaluation.ipynb #76256895
 def evaluate(
@@ -195,7 +211,7 @@ def evaluate(
     test: np.ndarray,  # rows that are scored
 ) -> dict[str, float]:
     "All metrics of one student on one part of the split."
-    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
+    images, texts = _unit_pairs(image_features, text_features)
     scores = retrieval_recall(images[test], texts[test]) | median_rank(images[test], texts[test])
     train, known = ([i for i in rows if classes[i] is not None] for rows in (train, test))
     names, truth = sorted({c for c in classes if c is not None}), [classes[i] for i in known]

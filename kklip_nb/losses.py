@@ -7,17 +7,17 @@ __all__ = ['text_distillation_loss', 'concept_loss', 'contrastive_loss', 'kklip_
 
 # %% ../nbs/04_losses.ipynb #b21b998b
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
 # %% ../nbs/04_losses.ipynb #91a75f13
 def _check_matrix(name: str, x: torch.Tensor) -> None:
-    "A floating (n, d) tensor without NaN or infinity, neither side empty."
-    if x.ndim != 2 or not x.numel(): raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (n, d), neither of them 0")
+    "A floating (n, d) tensor, neither side empty."
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (n, d), neither of them 0")
     if not x.is_floating_point(): raise ValueError(f"{name} has dtype {x.dtype}; expected floating point")
-    if not x.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinite values; look for a learning rate that is too high, or a broken input row")
 
 
 def _check_pair(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> None:
@@ -26,79 +26,181 @@ def _check_pair(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> N
     if a.shape != b.shape:
         raise ValueError(f"{name_a} has shape {tuple(a.shape)}, {name_b} {tuple(b.shape)}; expected the same (n, d)")
 
+
+def _check_finite(**tensors: torch.Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values; "
+                             "look for a learning rate that is too high, or a broken input row")
+
+# %% ../nbs/04_losses.ipynb #e9c5982a
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    "At least float32: sums and exponentials need more than 16 bits."
+    return x.float() if x.element_size() < 4 else x
+
 # %% ../nbs/04_losses.ipynb #934876e0
 def text_distillation_loss(
     student: torch.Tensor,  # (n, d) text embeddings, mapped up to the teacher's dimension
     teacher: torch.Tensor,  # (n, d) teacher embeddings of the same captions; a constant
-) -> torch.Tensor:  # scalar
-    r"""Mean over the batch of the squared distance to the teacher, summed over dimensions: $\frac1n\sum_i\lVert s_i-t_i\rVert^2$.
+    *,
+    validate: bool = False,  # look for NaN and infinity, which reads from the device
+) -> torch.Tensor:  # scalar, float32 for half precision
+    r"""Mean over the batch of the squared distance to the teacher: $\frac1n\sum_i\lVert s_i-t_i\rVert^2$.
 
-    Raises ValueError for shapes that differ (nothing is broadcast), NaN or infinite input."""
+    Raises ValueError for shapes that differ (nothing is broadcast); with `validate` also for NaN or infinite input."""
     _check_pair("student", student, "teacher", teacher)
-    return (student - teacher.detach()).pow(2).sum(dim=1).mean()
+    if validate: _check_finite(student=student, teacher=teacher)
+    return (_wide(student) - _wide(teacher.detach())).pow(2).sum(dim=1).mean()
 
 # %% ../nbs/04_losses.ipynb #d32a9f86
-def _check_probabilities(logits: torch.Tensor, concepts: torch.Tensor) -> None:
-    "Rows of probabilities, one for each row of logits."
-    _check_pair("logits", logits, "concepts", concepts)
-    if (concepts < 0).any(): raise ValueError(f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
-    sums = concepts.sum(dim=1, dtype=torch.float64)
-    if ((sums - 1).abs() >= 5e-3).any():
-        raise ValueError(f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: pass soft_labels, not logits")
-
-
-def _check_ids(logits: torch.Tensor, concepts: torch.Tensor) -> None:
-    "Integer ids from 0 to k-1, one for each row of logits; -100 is no exception."
+def _check_labels(logits: torch.Tensor, concepts: torch.Tensor, ignore_index: int | None) -> None:
+    "One id, or one row of probabilities, for each row of logits; by shape and dtype."
+    if concepts.is_floating_point():
+        _check_pair("logits", logits, "concepts", concepts)
+        if ignore_index is not None:
+            raise ValueError(f"ignore_index={ignore_index} is for integer ids; leave rows of probabilities out instead")
+        return
     n, k = logits.shape
     if concepts.shape != (n,):
         raise ValueError(f"integer concepts have shape {tuple(concepts.shape)}; expected ({n},) for logits {(n, k)}")
-    if concepts.dtype == torch.bool: raise ValueError("concepts are booleans; expected integer ids or rows of probabilities")
-    low, high = int(concepts.min()), int(concepts.max())
-    if low < 0 or high >= k: raise ValueError(f"concept ids run from {low} to {high}; expected 0 … {k - 1} for {k} concepts")
+    if concepts.dtype == torch.bool:
+        raise ValueError("concepts are booleans; expected integer ids or rows of probabilities")
+
+# %% ../nbs/04_losses.ipynb #9f6b1176
+def _check_probabilities(concepts: torch.Tensor) -> None:
+    _check_finite(concepts=concepts)
+    if (concepts < 0).any(): raise ValueError(f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
+    sums = concepts.sum(dim=1, dtype=torch.float64)
+    if ((sums - 1).abs() >= 5e-3).any():
+        raise ValueError(f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: "
+                         "pass soft_labels, not logits")
+
+
+def _check_ids(concepts: torch.Tensor, k: int, ignore_index: int | None) -> None:
+    concepts = concepts.long()
+    outside = ((concepts < 0) | (concepts >= k)) & (concepts != (_NO_ID if ignore_index is None else ignore_index))
+    if outside.any():
+        low, high = int(concepts.min()), int(concepts.max())
+        raise ValueError(f"concept ids run from {low} to {high}; expected 0 … {k - 1} for {k} concepts")
 
 # %% ../nbs/04_losses.ipynb #d17b38c0
+_NO_ID = -(2**61) - 1  # an id that no row has: not -1 or -100, nor what NaN becomes as an integer
+
+
 def concept_loss(
     logits: torch.Tensor,  # (n, k) concept scores, before any softmax
     concepts: torch.Tensor,  # (n,) integer ids, or (n, k) rows of probabilities; a constant
-) -> torch.Tensor:  # scalar, in nats
+    *,
+    weight: torch.Tensor | None = None,  # (k,) weight of each concept
+    ignore_index: int | None = None,  # id of the rows to skip; None: skip none, -100 is an error
+    reduction: str = "mean",  # "mean", "sum" or "none", as in torch
+    label_smoothing: float = 0.0,  # share of each label that is spread over all concepts
+    validate: bool = False,  # look at the values too, which reads from the device
+) -> torch.Tensor:  # scalar, or (n,) without reduction; in nats, float32 for half precision
     r"""Mean cross-entropy between concept labels and predicted concepts: $-\frac1n\sum_i\sum_j q_{ij}\ln p_{ij}$.
 
-    Raises ValueError for shapes that do not match, ids outside 0 … k-1 (-100 too), rows that are no probabilities,
-    NaN or infinite input."""
+    Raises ValueError for shapes that do not match; torch raises IndexError for ids outside 0 … k-1. With `validate`
+    ValueError also for such ids, rows that are no probabilities, NaN or infinite input."""
     _check_matrix("logits", logits)
-    if concepts.is_floating_point():
-        _check_probabilities(logits, concepts)
-        if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()  # half a precision would spoil small shares
-        return F.cross_entropy(logits, concepts.detach().to(logits.dtype))
-    _check_ids(logits, concepts)
-    return F.cross_entropy(logits, concepts.long())
+    _check_labels(logits, concepts, ignore_index)
+    soft = concepts.is_floating_point()
+    if validate:
+        _check_finite(logits=logits)
+        if soft: _check_probabilities(concepts)
+        else: _check_ids(concepts, logits.shape[1], ignore_index)
+    logits = _wide(logits)
+    concepts = concepts.detach().to(logits.dtype if soft else torch.long)
+    if weight is not None: weight = weight.to(logits.dtype)
+    return F.cross_entropy(logits, concepts, weight, ignore_index=_NO_ID if ignore_index is None else ignore_index,
+                           reduction=reduction, label_smoothing=label_smoothing)
 
 # %% ../nbs/04_losses.ipynb #45aa49f5
-def _check_scale(logit_scale: torch.Tensor | float) -> None:
-    scale = torch.as_tensor(logit_scale)
-    if scale.numel() != 1: raise ValueError(f"logit_scale has shape {tuple(scale.shape)}; expected one number")
-    value = float(scale.detach())
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"logit_scale={value}; expected a positive, finite number: pass logit_scale.exp()")
+def _check_scale(logit_scale: torch.Tensor | float, validate: bool) -> None:
+    if isinstance(logit_scale, torch.Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; expected one number")
+        if not validate: return
+        logit_scale = logit_scale.item()
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale={logit_scale}; expected a positive, finite number: pass logit_scale.exp()")
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    "Rows of length 1; a row of zeros stays as it is, and a length that overflows becomes NaN, which shows."
+    x = _wide(x)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).nan_to_num(nan=math.nan, posinf=math.nan)
+    return x / (length + length.logical_not())
+
+
+def _no_autocast(x: torch.Tensor):
+    "A context in which products keep their precision."
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 # %% ../nbs/04_losses.ipynb #b6a8a729
 def contrastive_loss(
     image_features: torch.Tensor,  # (n, d) of n ≥ 2 pairs; normalised inside
     text_features: torch.Tensor,  # (n, d) row i belongs to image i; normalised inside
     logit_scale: torch.Tensor | float,  # positive, already exponentiated: 1/temperature
-) -> torch.Tensor:  # scalar, in nats
+    *,
+    chunk: int | None = None,  # images at a time: memory for chunk × n logits instead of n × n
+    validate: bool = False,  # look at the values too, which reads from the device
+) -> torch.Tensor:  # scalar, in nats, float32 for half precision
     r"""CLIP's symmetric cross-entropy: each image picks its caption among n, each caption its image.
 
     Equals `open_clip.loss.ClipLoss` on normalised features. Raises ValueError for shapes that differ, a batch of one
-    (its loss is always 0), a scale that is not positive, NaN or infinite input."""
+    (its loss is always 0), a scale that is not positive (a tensor's only with `validate`, as NaN or infinite input)."""
     _check_pair("image_features", image_features, "text_features", text_features)
     n = len(image_features)
     if n < 2: raise ValueError("a batch of one pair has no negatives and its loss is always 0; give at least 2 pairs")
-    _check_scale(logit_scale)
-    images, texts = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
-    logits = logit_scale * images @ texts.T
-    targets = torch.arange(n, device=logits.device)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}; expected at least 1 image at a time, or None")
+    if validate: _check_finite(image_features=image_features, text_features=text_features)
+    _check_scale(logit_scale, validate)
+    with _no_autocast(image_features):
+        images, texts = _unit(image_features), _unit(text_features)
+        if isinstance(logit_scale, torch.Tensor): logit_scale = logit_scale.to(images.dtype).squeeze()
+        if chunk is not None: return _loss_by_chunks(logit_scale * images, texts, chunk)
+        logits = logit_scale * images @ texts.T
+        targets = torch.arange(n, device=logits.device)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+# %% ../nbs/04_losses.ipynb #bb4e685f
+class _Scores(torch.autograd.Function):
+    "Logsumexp of rows and of columns, and the diagonal, of images @ texts.T, of which only a chunk is in memory."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(images, texts, chunk):
+        rows, columns, matched = [], images.new_full((len(images),), -math.inf), []
+        for start in range(0, len(images), chunk):
+            z = images[start:start + chunk] @ texts.T
+            rows.append(z.logsumexp(1))
+            columns = torch.logaddexp(columns, z.logsumexp(0))
+            matched.append(z.diagonal(start).clone())  # a view would keep all of z
+        return torch.cat(rows), columns, torch.cat(matched)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], *output[:2])
+        ctx.chunk = inputs[2]
+
+    @staticmethod
+    def backward(ctx, to_rows, to_columns, to_matched):
+        images, texts, rows, columns = ctx.saved_tensors
+        to_images, to_texts = [], to_matched[:, None] * images
+        for piece, row, to_row in zip(*(x.split(ctx.chunk) for x in (images, rows[:, None], to_rows[:, None]))):
+            with _no_autocast(piece):
+                z = piece @ texts.T
+                to_z = (z - row).exp() * to_row + (z - columns).exp() * to_columns
+                to_images.append(to_z @ texts)
+                to_texts = torch.addmm(to_texts, to_z.T, piece)
+        return torch.cat(to_images) + to_matched[:, None] * texts, to_texts, None
+
+# %% ../nbs/04_losses.ipynb #e8085e84
+def _loss_by_chunks(images: torch.Tensor, texts: torch.Tensor, chunk: int) -> torch.Tensor:
+    rows, columns, matched = _Scores.apply(images, texts, chunk)
+    return ((rows - matched) + (columns - matched)).mean() / 2
 
 # %% ../nbs/04_losses.ipynb #aabfe204
 def kklip_loss(
@@ -108,17 +210,18 @@ def kklip_loss(
     alpha: float = 1.0,  # weight of distillation
     beta: float = 0.01,  # weight of concept learning
     gamma: float = 1.0,  # weight of the contrastive loss
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total; the three parts by name, not weighted
+    *,
+    validate: bool = False,  # look for NaN and infinity in the parts, which reads from the device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total (float32 at least); the three parts by name, not weighted
     r"""The weighted sum $\alpha L_{distillation}+\beta L_{concept}+\gamma L_{contrastive}$.
 
-    The paper gives 1, 0.01 and 1, not which multiplies which: we go by its order of presentation. Raises ValueError
-    for a part or weight that is not a finite scalar, and for a negative weight."""
+    The paper gives 1, 0.01 and 1, not which multiplies which: we go by its order of presentation. Raises ValueError for
+    a part that is no scalar, a weight that is negative or not finite; with `validate` for parts that are not finite."""
     parts = dict(distillation=distillation, concept=concept, contrastive=contrastive)
-    weights = dict(alpha=alpha, beta=beta, gamma=gamma)
-    for name, value in {**parts, **weights}.items():
-        tensor = torch.as_tensor(value).detach()
-        if tensor.ndim: raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a scalar")
-        if not tensor.isfinite(): raise ValueError(f"{name} is {float(tensor)}; expected a finite number")
-    for name, value in weights.items():
-        if value < 0: raise ValueError(f"{name}={value}; expected a weight of at least 0")
-    return alpha * distillation + beta * concept + gamma * contrastive, parts
+    for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
+        if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}; expected a finite weight of at least 0")
+    for name, part in parts.items():
+        if part.ndim: raise ValueError(f"{name} has shape {tuple(part.shape)}; expected a scalar")
+        if validate and not part.isfinite(): raise ValueError(f"{name} is {part.item()}; expected a finite number")
+    return alpha * _wide(distillation) + beta * _wide(concept) + gamma * _wide(contrastive), parts

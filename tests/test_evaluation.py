@@ -17,6 +17,7 @@ from kklip_nb.evaluation import (
     chance_levels,
     class_features,
     evaluate,
+    first_place,
     hits_at_k,
     knn_hits,
     median_rank,
@@ -374,3 +375,88 @@ def test_training_rows_and_unknown_classes_do_not_count(rng):
     assert evaluate(changed, features[::-1].copy(), encode, classes, train, test)["i2t_r1"] == scores["i2t_r1"]
     guesses = ["dog" if x[0] > x[1] else "cat" for x in features[[4, 6, 7]]]
     assert scores["zero_shot"] == pytest.approx(np.mean([g == classes[i] for g, i in zip(guesses, (4, 6, 7))]))
+
+
+def test_chance_of_one_neighbour_is_exact_and_each_encoder_is_scored_on_its_own(rng):
+    classes, train, test = list("aaab" * 20) + [None] * 3, np.arange(40), np.arange(40, 83)
+    level = chance_levels(classes, test, train)["knn_image"]
+    voters, truth = [classes[i] for i in train], [classes[i] for i in test if classes[i]]
+    got = [knn_hits(rng.normal(size=(40, 8)), voters, rng.normal(size=(40, 8)), truth, 1).mean() for _ in range(60)]
+    assert abs(np.mean(got) - level) < 4 * stats.sem(got) and "knn_text" not in chance_levels(classes, test)
+    codes = np.eye(3)[[2 if c is None else "ab".index(c) for c in classes]]
+    turned = np.roll(codes, 1, axis=0)
+    encode = lambda captions: np.eye(3)[["ab".index(c[-1]) for c in captions]]
+    full, mixed = (evaluate(codes, texts, encode, classes, train, test) for texts in (codes, turned))
+    assert full["zero_shot"] == full["knn_image"] == full["knn_text"] == mixed["knn_image"] == 1
+    assert mixed["knn_text"] < 1 and mixed["i2t_r1"] < full["i2t_r1"]
+
+
+def test_near_votes_count_more_and_few_rows_may_vote():
+    near = np.array([[0.9, 0.19**0.5], [0.75, 0.4375**0.5], [0.75, -(0.4375**0.5)]])  # a vote of 1/0.1 against two of 1/0.25
+    assert knn_hits(near, ["a", "b", "b"], np.eye(2)[:1], ["a"], 3) == 1
+    assert knn_hits(near[:2], ["a", "b"], near[:2], ["a", "b"]).all()
+
+
+# ---- what features and values come as
+
+FORMS = {
+    "float32": lambda x: np.asarray(x, np.float32),
+    "float16": lambda x: np.asarray(x, np.float16),
+    "list": lambda x: x.tolist(),
+    "bfloat16": lambda x: torch.tensor(x).bfloat16(),
+    "with a gradient": lambda x: torch.tensor(x, requires_grad=True),
+}
+CLASSES = list("ababab")
+METRICS = {
+    "recall": lambda a, b: retrieval_recall(a, b, ks=(1, 3)),
+    "rank": median_rank,
+    "alignment": alignment,
+    "uniformity": lambda a, b: uniformity(a),
+    "knn": lambda a, b: knn_hits(a, CLASSES, b, CLASSES, 2).tolist(),
+    "zero-shot": lambda a, b: zero_shot_hits(a, b, list("abcdef"), list("abcdef")).tolist(),
+    "classes": lambda a, b: class_features(lambda captions: b, list("abcdef"), ["{}"]).ravel().tolist(),
+    "evaluate": lambda a, b: evaluate(a, b, lambda captions: b[:2], CLASSES, [0, 1, 2, 3], [2, 3, 4, 5]),
+    "hits": lambda a, b: hits_at_k(a, np.eye(6, dtype=bool), 2).tolist(),
+    "places": lambda a, b: first_place(a, np.eye(6, dtype=bool)).tolist(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_features_may_come_in_any_form(metric, form, rng):
+    images, texts = rng.integers(-4, 5, size=(2, 6, 6)) + 0.5  # exact in every form
+    wanted = METRICS[metric](images, texts)
+    assert METRICS[metric](FORMS[form](images), FORMS[form](texts)) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_may_come_in_any_form(form, rng):
+    values = rng.integers(0, 5, size=12) / 4
+    assert bootstrap_interval(FORMS[form](values)) == bootstrap_interval(values)
+    assert seed_interval(FORMS[form](values)) == pytest.approx(seed_interval(values))
+    assert bootstrap_interval(values > 0.3, torch.arange(12) // 2) == bootstrap_interval((values > 0.3) + 0.0, np.arange(12) // 2)
+
+
+@pytest.mark.parametrize("broken", [[[1.0, 2.0], [3.0]], [["a", "b"]], torch.eye(3).long(), np.eye(3) * 1j, None, np.ones((2, 2, 2))])
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_no_matrix_of_numbers_is_refused(metric, broken):
+    with pytest.raises(ValueError, match="expected|inhomogeneous"):
+        METRICS[metric](broken, broken)
+
+
+@pytest.mark.parametrize("values", [[[1.0, 2.0], [3.0, 4.0]], [1.0, INF], torch.tensor([1.0, NAN])])
+def test_values_that_have_no_mean_are_refused(values):
+    for interval in (bootstrap_interval, seed_interval):
+        with pytest.raises(ValueError, match="expected|NaN"):
+            interval(values)
+
+
+def test_a_classifier_of_another_size_and_a_query_without_an_answer_are_refused():
+    for classifier, classes in ((np.eye(3), list("ab")), (np.eye(4), list("abcd"))):
+        with pytest.raises(ValueError, match="text_classifier"):
+            zero_shot_hits(np.eye(3), classifier, classes, list("aab"))
+    for function in (lambda *args: hits_at_k(*args, 1), first_place):
+        with pytest.raises(ValueError, match="right"):
+            function(np.eye(2), np.array([[True, False], [False, False]]))
+        with pytest.raises(ValueError, match="right"):
+            function(np.eye(2), np.ones((2, 3), bool))

@@ -1,6 +1,9 @@
 """The losses against open_clip, torch, naive loops and closed forms."""
 
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kklip_nb.losses import concept_loss, contrastive_loss, kklip_loss, text_distillation_loss
 
@@ -142,7 +146,7 @@ def test_collapsed_features_give_ln_n_at_any_scale():
 @pytest.mark.parametrize("make", [float, torch.tensor])
 def test_a_scale_that_is_not_positive_and_finite_is_refused(scale, make):
     with pytest.raises(ValueError, match=str(scale)):
-        contrastive_loss(*pair(), make(scale))
+        contrastive_loss(*pair(), make(scale), validate=True)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +168,30 @@ def test_contrastive_loss_refuses_shapes_that_do_not_match(images, texts, given_
         assert shape in str(error.value)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, NAN, INF])
+def test_a_number_as_scale_is_checked_without_validate(scale):
+    with pytest.raises(ValueError, match=str(scale)):
+        contrastive_loss(*pair(), scale)
+
+
+def test_integer_features_are_refused():
+    whole = torch.ones(4, 3, dtype=torch.long)
+    for loss in (lambda x: contrastive_loss(x, x, 10.0), lambda x: text_distillation_loss(x, x), lambda x: concept_loss(x, x[:, 0])):
+        with pytest.raises(ValueError, match="int64"):
+            loss(whole)
+
+
 def test_a_batch_of_one_is_refused():
     with pytest.raises(ValueError, match=r"batch of (one|1)|\(1, 3\)") as error:
         contrastive_loss(torch.ones(1, 3), torch.ones(1, 3), 10.0)
     assert "2" in str(error.value)  # what was expected
+
+
+def test_a_scale_of_shape_one_and_another_precision_is_welcome():
+    images, texts = pair(dtype=torch.float32)
+    expected = contrastive_loss(images, texts, 20.0)
+    for scale in (torch.tensor([20.0]), torch.tensor([20.0], dtype=torch.float64), torch.tensor(20.0, dtype=torch.float16)):
+        torch.testing.assert_close(contrastive_loss(images, texts, scale), expected)
 
 
 def test_more_than_one_scale_is_refused():
@@ -180,7 +204,7 @@ def test_more_than_one_scale_is_refused():
 def test_contrastive_loss_refuses_nan_and_infinity_and_names_the_side(side, value):
     good, bad = torch.ones(4, 3), broken(value)
     with pytest.raises(ValueError, match=rf"{side}(?s:.*)(NaN|nan|inf)"):
-        contrastive_loss(*((bad, good) if side == "image" else (good, bad)), 10.0)
+        contrastive_loss(*((bad, good) if side == "image" else (good, bad)), 10.0, validate=True)
 
 
 # ---- text_distillation_loss
@@ -240,7 +264,7 @@ def test_distillation_never_broadcasts(student, teacher):
 def test_distillation_refuses_nan_and_infinity_and_names_the_side(side, value):
     arguments = dict(student=torch.ones(4, 3), teacher=torch.ones(4, 3)) | {side: broken(value)}
     with pytest.raises(ValueError, match=rf"{side}(?s:.*)(NaN|nan|inf)"):
-        text_distillation_loss(**arguments)
+        text_distillation_loss(**arguments, validate=True)
 
 
 # ---- concept_loss
@@ -315,7 +339,7 @@ def test_a_probability_is_not_taken_for_a_logit_nor_the_other_way_round():
 )
 def test_ids_out_of_range_are_refused(ids, said):
     with pytest.raises(ValueError, match=rf"{said}\b"):
-        concept_loss(torch.zeros(3, 4), torch.tensor(ids))
+        concept_loss(torch.zeros(3, 4), torch.tensor(ids), validate=True)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +355,7 @@ def test_ids_out_of_range_are_refused(ids, said):
 )
 def test_rows_that_are_no_probabilities_are_refused(row, said):
     with pytest.raises(ValueError) as error:
-        concept_loss(torch.zeros(2, 2), torch.tensor([[0.5, 0.5], row]))
+        concept_loss(torch.zeros(2, 2), torch.tensor([[0.5, 0.5], row]), validate=True)
     assert said in str(error.value)
 
 
@@ -361,12 +385,318 @@ def test_concept_loss_refuses_shapes_that_do_not_match(logits, concepts, given_s
 def test_concept_loss_refuses_nan_and_infinity_and_names_the_side(side, value):
     arguments = dict(logits=torch.ones(4, 3), concepts=torch.full((4, 3), 1 / 3)) | {side: broken(value)}
     with pytest.raises(ValueError, match=rf"{side}(?s:.*)(NaN|nan|inf)"):
-        concept_loss(**arguments)
+        concept_loss(**arguments, validate=True)
 
 
 def test_infinite_logits_are_refused_with_ids_too():
     with pytest.raises(ValueError, match="logits"):
-        concept_loss(broken(INF), torch.zeros(4, dtype=torch.long))
+        concept_loss(broken(INF), torch.zeros(4, dtype=torch.long), validate=True)
+
+
+IDS = torch.tensor([0, 3, 1, 2, 3, 0])
+
+
+@pytest.mark.parametrize("bad", [-(2**63), -100, -1, 4, 999])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"weight": torch.ones(4)}, {"ignore_index": 255}])
+def test_no_id_out_of_range_is_skipped_silently(bad, options):
+    ids = IDS.clone()
+    ids[2] = bad
+    with pytest.raises(IndexError, match=f"{bad} is out of bounds"):
+        concept_loss(pair(6, 4, torch.float32)[0], ids, **options)
+    with pytest.raises(ValueError, match=rf"{bad}\b"):
+        concept_loss(pair(6, 4, torch.float32)[0], ids, **options, validate=True)
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("labels", ["ids", "holes", "soft"])
+def test_the_options_of_cross_entropy_mean_what_they_mean_in_torch(labels, weighted, smoothing, reduction, validate):
+    logits = pair(6, 4)[0].requires_grad_()
+    concepts = dict(ids=IDS, holes=torch.tensor([0, -100, 1, 2, -100, 0]), soft=probabilities(6, 4))[labels]
+    options = dict(weight=torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64) if weighted else None,
+                   reduction=reduction, label_smoothing=smoothing) | (dict(ignore_index=-100) if labels == "holes" else {})
+    ours, theirs = concept_loss(logits, concepts, **options, validate=validate), F.cross_entropy(logits, concepts, **options)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), logits)[0] for loss in (ours, theirs)))
+
+
+def test_an_id_to_skip_may_also_be_one_of_the_concepts():
+    logits = pair(6, 4)[0]
+    torch.testing.assert_close(concept_loss(logits, IDS, ignore_index=3), F.cross_entropy(logits[IDS != 3], IDS[IDS != 3]))
+    assert concept_loss(logits, IDS * 0 + 3, ignore_index=3).isnan()  # 0/0 as in torch: it shows
+
+
+def test_options_that_cannot_be_are_refused():
+    logits, soft = pair(6, 4)[0], probabilities(6, 4)
+    with pytest.raises(ValueError, match="ignore_index=2"):
+        concept_loss(logits, soft, ignore_index=2)
+    with pytest.raises(ValueError, match="median"):
+        concept_loss(logits, soft, reduction="median")
+    for concepts in (soft, IDS):
+        with pytest.raises(RuntimeError, match="label_smoothing"):
+            concept_loss(logits, concepts, label_smoothing=2.0)
+        with pytest.raises(RuntimeError, match="weight"):
+            concept_loss(logits, concepts, weight=torch.ones(3))
+    with pytest.raises(ValueError, match="booleans"):
+        concept_loss(logits, IDS > 1)
+
+
+# ---- contrastive_loss in chunks
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 8, 9, 100])
+@pytest.mark.parametrize("scale", [0.5, 1 / 0.07, 100.0])
+def test_chunks_change_neither_value_nor_gradients(chunk, scale):
+    open_clip_loss = pytest.importorskip("open_clip.loss").ClipLoss()
+    leaves = [x.requires_grad_() for x in (*pair(8, 5), torch.tensor(scale, dtype=torch.float64))]
+    losses = (contrastive_loss(*leaves, chunk=chunk), contrastive_loss(*leaves),
+              open_clip_loss(F.normalize(leaves[0], dim=1), F.normalize(leaves[1], dim=1), leaves[2]))
+    gradients = [torch.autograd.grad(loss, leaves) for loss in losses]
+    for other in (1, 2):
+        torch.testing.assert_close(losses[0], losses[other], rtol=0, atol=1e-10)
+        torch.testing.assert_close(gradients[0], gradients[other], rtol=0, atol=1e-10)
+
+
+@given(n=st.integers(2, 9), d=st.integers(1, 6), chunk=st.integers(1, 10), seed=st.integers(0, 999))
+def test_chunks_equal_the_naive_loop(n, d, chunk, seed):
+    images, texts = pair(n, d, seed=seed)
+    assert number(contrastive_loss(images, texts, 10.0, chunk=chunk)) == pytest.approx(naive_contrastive(images, texts, 10.0), abs=1e-9)
+
+
+def test_the_gradients_of_chunks_are_right_to_second_order():
+    leaves = [x.requires_grad_() for x in (*pair(4, 3), torch.tensor(2.0, dtype=torch.float64))]
+    loss = lambda *args: contrastive_loss(*args, chunk=3)
+    assert torch.autograd.gradcheck(loss, leaves) and torch.autograd.gradgradcheck(loss, leaves)
+
+
+def test_perfect_pairs_cost_nothing_in_chunks():
+    x = F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert 0 <= number(contrastive_loss(x, x, 1e4, chunk=7)) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_below_one_is_refused(chunk):
+    with pytest.raises(ValueError, match=f"chunk={chunk}"):
+        contrastive_loss(*pair(), 10.0, chunk=chunk)
+
+
+class Sizes(TorchDispatchMode):
+    "The largest number of elements of any tensor that is made."
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor): self.largest = max(self.largest, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("chunk, most", [(1, 64 * 8), (16, 16 * 64), (None, 64 * 64)])
+def test_no_tensor_is_larger_than_chunk_times_n(chunk, most):
+    leaves = [x.requires_grad_() for x in (*pair(64, 8), torch.tensor(10.0, dtype=torch.float64))]
+    with Sizes() as sizes: contrastive_loss(*leaves, chunk=chunk).backward()
+    assert sizes.largest == most
+
+
+def test_chunks_need_the_memory_of_chunks():
+    "One n × n matrix would be 256 MiB; measured in a process of its own."
+    pytest.importorskip("resource")  # not on Windows
+    code = """if True:
+        import resource, sys, torch
+        from kklip_nb.losses import contrastive_loss
+        def peak(n):
+            a, b = (torch.randn(n, 4, requires_grad=True) for _ in range(2))
+            contrastive_loss(a, b, 10.0, chunk=64).backward()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        torch.set_num_threads(1)
+        before = peak(128)
+        print(peak(8192) - before)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 100
+
+
+# ---- half precision
+
+HALF = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+
+
+def features(n=8, d=512):
+    "Pairs that resemble each other, of which half precision keeps enough."
+    a, noise = pair(n, d, torch.float32)
+    return a, a + 0.1 * noise
+
+
+@HALF
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 3000.0])
+def test_long_and_short_rows_keep_their_direction_in_half_precision(factor, chunk, half):
+    images, texts = ((factor * x).to(half) for x in features())
+    expected = contrastive_loss(images.double(), texts.double(), 14.0).item()
+    loss = contrastive_loss(images, texts, torch.tensor(14.0, dtype=half), chunk=chunk)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_row_of_zeros_costs_its_share_and_has_a_finite_gradient(dtype):
+    images, texts = (x.to(dtype) for x in features())
+    images[0] = 0
+    images.requires_grad_()
+    loss = contrastive_loss(images, texts, 14.0)
+    loss.backward()
+    u, v = F.normalize(images.detach().double(), dim=1), F.normalize(texts.double(), dim=1)
+    z, targets = 14 * u @ v.T, torch.arange(8)
+    expected = (F.cross_entropy(z, targets) + F.cross_entropy(z.T, targets)) / 2
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert images.grad.isfinite().all() and images.grad.abs().max() < 1e3
+
+
+def test_a_length_that_overflows_shows():
+    images, texts = features()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert contrastive_loss((1e30 * images).to(dtype), texts.to(dtype), 14.0).isnan()
+
+
+@HALF
+@pytest.mark.parametrize("both", [False, True])
+def test_distillation_is_summed_in_float32(half, both):
+    student, teacher = torch.full((3, 400), 16.0, dtype=half), torch.zeros(3, 400, dtype=half if both else torch.float32)
+    loss = text_distillation_loss(student.requires_grad_(), teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == 400 * 256  # above float16's 65,504, between two of bfloat16
+    assert student.grad.dtype == half and student.grad[0, 0].item() == pytest.approx(2 * 16 / 3, rel=1e-2)
+
+
+@HALF
+@pytest.mark.parametrize("labels", ["ids", "soft"])
+def test_concept_loss_is_computed_in_float32(half, labels):
+    logits = pair(6, 4, torch.float32)[0].to(half).requires_grad_()
+    concepts = IDS if labels == "ids" else probabilities(6, 4, half)
+    weight = torch.tensor([0.5, 2.0, 0.1, 1.0], dtype=half)
+    loss = concept_loss(logits, concepts, weight=weight)
+    expected = F.cross_entropy(logits.float(), concepts if labels == "ids" else concepts.float(), weight.float())
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert logits.grad.dtype == half
+    many = torch.zeros(20_000, 64, dtype=half)
+    assert concept_loss(many, torch.zeros(20_000, dtype=torch.long), reduction="sum").item() == pytest.approx(20_000 * math.log(64), rel=1e-4)
+
+
+@HALF
+def test_the_total_is_summed_in_float32(half):
+    parts = [torch.tensor(v, dtype=half) for v in (60000.0, 60000.0, 60000.0)]
+    total, named = kklip_loss(*parts, 1, 1, 1)
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(3 * parts[0].item())
+    assert [p.dtype for p in named.values()] == [half] * 3
+
+
+# ---- inside other people's code: host reads, meta tensors, autocast, torch.func, torch.compile
+
+CALLS = {
+    "distillation": (lambda a, b: text_distillation_loss(a, b), pair(6, 4)),
+    "ids": (lambda a: concept_loss(a, IDS), pair(6, 4)[:1]),
+    "soft": (lambda a, q: concept_loss(a, q), [pair(6, 4)[0], probabilities(6, 4)]),
+    "options": (lambda a, w: concept_loss(a, IDS, weight=w, ignore_index=3, label_smoothing=0.1, reduction="sum"),
+                [pair(6, 4)[0], probabilities(1, 4)[0]]),
+    "contrastive": (lambda a, b, s: contrastive_loss(a, b, s), [*pair(6, 4), torch.tensor(9.0, dtype=torch.float64)]),
+    "number": (lambda a, b: contrastive_loss(a, b, 9.0), pair(6, 4)),
+    "chunks": (lambda a, b, s: contrastive_loss(a, b, s, chunk=4), [*pair(6, 4), torch.tensor(9.0, dtype=torch.float64)]),
+    "all": (lambda a, b, s: kklip_loss(text_distillation_loss(a, b), concept_loss(a, IDS), contrastive_loss(a, b, s), 2.0, 0.5, 1.0)[0],
+            [*pair(6, 4), torch.tensor(9.0, dtype=torch.float64)]),
+}
+EACH = pytest.mark.parametrize("call", CALLS)
+
+
+def with_gradient(loss, arguments):
+    "Value, and gradient of the first argument."
+    first = arguments[0].clone().requires_grad_()
+    value = loss(first, *arguments[1:])
+    return value.detach(), torch.autograd.grad(value, first)[0]
+
+
+class NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a number was read back"
+        return function(*args, **(kwargs or {}))
+
+
+@EACH
+def test_no_number_is_read_back(call):
+    loss, arguments = CALLS[call]
+    with NoHostReads(): with_gradient(loss, arguments)
+    with pytest.raises(AssertionError, match="read back"), NoHostReads():  # the detector detects
+        bool(arguments[0].isfinite().all())
+
+
+@EACH
+def test_meta_tensors_give_a_shape(call):
+    loss, arguments = CALLS[call]
+    global IDS
+    real, IDS = IDS, IDS.to("meta")
+    try: value, gradient = with_gradient(loss, [x.to("meta") for x in arguments])
+    finally: IDS = real
+    assert (value.shape, value.dtype, value.device.type) == ((), torch.float64, "meta")
+    assert gradient.shape == arguments[0].shape
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_little(call, dtype):
+    loss, arguments = CALLS[call]
+    arguments = [x.to(dtype) for x in arguments]
+    first = arguments[0].requires_grad_()
+    expected = with_gradient(loss, [x.detach().float() for x in arguments])
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(*arguments)
+        inside = torch.autograd.grad(value, first, retain_graph=True)[0]
+    after = torch.autograd.grad(value, first)[0]  # outside, as torch advises
+    torch.testing.assert_close(value.detach(), expected[0], rtol=1e-6, atol=1e-6)
+    for gradient, tolerance in ((inside, 1e-2), (after, 1e-6 if dtype == torch.float32 else 1e-2)):
+        torch.testing.assert_close(gradient.float(), expected[1], rtol=tolerance, atol=tolerance * expected[1].abs().max().item())
+
+
+@EACH
+def test_torch_func_grad_equals_autograd(call):
+    loss, arguments = CALLS[call]
+    torch.testing.assert_close(torch.func.grad(loss)(*arguments), with_gradient(loss, arguments)[1])
+
+
+@EACH
+def test_vmap_equals_a_loop(call):
+    loss, arguments = CALLS[call]
+    batches = [torch.stack([x, x.flip(0) if x.ndim else 2 * x, 0.5 * x if x.ndim < 2 else x.roll(1, 0)]) for x in arguments]
+    for f in (loss, torch.func.grad(loss)):
+        torch.testing.assert_close(torch.func.vmap(f)(*batches), torch.stack([f(*each) for each in zip(*batches)]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@EACH
+def test_each_compiles_without_a_break(call):
+    torch._dynamo.reset()
+    loss, arguments = CALLS[call]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(with_gradient(compiled, arguments), with_gradient(loss, arguments))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_code_takes_another_scale_and_another_batch():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b, s, c: contrastive_loss(a, b, s, chunk=c), fullgraph=True, backend="eager")
+    for n, scale, chunk in ((6, 2.0, None), (6, 3.0, None), (7, 4.0, None), (9, 5.0, 4), (10, 6.0, 4)):
+        images, texts = pair(n, 4)
+        torch.testing.assert_close(compiled(images, texts, scale, chunk), contrastive_loss(images, texts, scale))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inductor_gives_the_same_numbers_and_skips_no_id():
+    if not shutil.which("g++"): pytest.skip("no C++ compiler")
+    torch._dynamo.reset()
+    logits, compiled = pair(6, 4, torch.float32)[0], torch.compile(concept_loss, fullgraph=True)
+    torch.testing.assert_close(compiled(logits, IDS), concept_loss(logits, IDS))
+    with pytest.raises((IndexError, RuntimeError)): compiled(logits, IDS - 1)
 
 
 # ---- kklip_loss
@@ -407,4 +737,30 @@ def test_a_weight_of_zero_switches_a_part_off():
 def test_a_part_that_is_no_finite_scalar_is_refused_by_name(name, bad, said):
     parts = dict(distillation=torch.tensor(1.0), concept=torch.tensor(1.0), contrastive=torch.tensor(1.0)) | {name: bad}
     with pytest.raises(ValueError, match=rf"{name}.*{said}"):
-        kklip_loss(**parts)
+        kklip_loss(**parts, validate=True)
+
+
+def test_without_validate_nan_shows_in_the_total():
+    assert kklip_loss(torch.tensor(1.0), torch.tensor(NAN), torch.tensor(1.0))[0].isnan()
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,)])
+def test_a_part_that_is_no_scalar_is_refused_without_validate(shape):
+    with pytest.raises(ValueError, match="concept has shape"):
+        kklip_loss(torch.tensor(1.0), torch.ones(shape), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("bad", [-1.0, NAN, INF])
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
+def test_a_weight_that_is_negative_or_not_finite_is_refused_by_name(name, bad):
+    with pytest.raises(ValueError, match=f"{name}={bad}"):
+        kklip_loss(*[torch.tensor(1.0)] * 3, **{name: bad})
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_without_validate_bad_input_shows_in_the_scalar(value):
+    bad, good = broken(value), torch.ones(4, 3)
+    for loss in (contrastive_loss(bad, good, 10.0), contrastive_loss(good, bad, 10.0, chunk=3), text_distillation_loss(bad, good),
+                 text_distillation_loss(good, bad), concept_loss(bad, torch.full((4, 3), 1 / 3))):
+        assert not loss.isfinite()
+    assert contrastive_loss(good, good, torch.tensor(NAN)).isnan()

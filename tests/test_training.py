@@ -1,6 +1,7 @@
 """The loop, the recipe, the map of gradients, and that a killed run goes on as if nothing had happened."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -18,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from kklip_nb import training
 from kklip_nb.data import Pairs
-from kklip_nb.student import Student, WordTable
-from kklip_nb.training import (Inputs, Recipe, compute_losses, epoch_batches, learning_rate, load_checkpoint, make_optimizer,
-                               recipe_table, save_checkpoint, train, train_step)
+from kklip_nb.student import Student, WordTable, build_student, cut_padding, prepare_images, tokenize
+from kklip_nb.training import (Inputs, Recipe, Texts, compute_losses, epoch_batches, learning_rate, load_checkpoint, make_optimizer,
+                               optimizer_step, prepare_inputs, recipe_table, save_checkpoint, train, train_step)
 
 N, TEACHER, K = 24, 10, 4
 TINY = Recipe(epochs=3, batch_size=8, lr=1e-3, warmup=2, alpha=2.0, beta=0.5, k=K)
@@ -225,20 +226,27 @@ def test_a_checkpoint_is_plain_tensors_and_json(tmp_path):
 def test_every_setting_has_a_reason_and_the_paper_s_value():
     rows = recipe_table(training.LAPTOP)
     assert [r["setting"] for r in rows] == [f.name for f in dataclasses.fields(Recipe)]
-    assert all(r["reason"] and r["paper"] for r in rows)
+    assert all(r["reason"] and r["paper"] for r in rows) and {r["setting"]: r["paper"] for r in rows}["beta"] == "0.01"
+    assert all(r["ours"] == str(getattr(training.PAPER, r["setting"])) for r in recipe_table(training.PAPER))
+    assert set(rows[0]) == {"setting", "ours", "paper", "reason"}
 
 
-def test_a_batch_of_nan_is_refused():
+def test_nan_shows_in_the_loss_and_the_step_is_not_taken():
     batch = training.batch_of(tiny_inputs(), range(8))
     bad = batch._replace(targets=batch.targets * float("nan"))
-    with pytest.raises(ValueError, match="NaN"): compute_losses(tiny_student(), bad, TINY)
+    student = tiny_student()
+    try: result = train_step(student, make_optimizer(student, 1e-3, 0.1), bad, TINY, 1e-3)
+    except ValueError as error: assert "NaN" in str(error)
+    else: assert math.isnan(result["total"]) and math.isnan(result["gradient_norm"])
+    assert same_weights(student, tiny_student())
 
 
 def test_repeated_captions_are_counted_as_they_are_batched():
     "With repeats fewer batches may fit into an epoch; the schedule must end where the run ends."
     inputs = tiny_inputs()._replace(captions=["twin"] * 12 + [f"caption {i}" for i in range(12)])
     history = train(tiny_student(), inputs, TINY)
-    assert len(history) == training._count_steps(inputs.captions, TINY) < TINY.epochs * (N // TINY.batch_size)
+    counted = sum(len(list(epoch_batches(inputs, TINY, epoch))) for epoch in range(TINY.epochs))
+    assert len(history) == counted < TINY.epochs * (N // TINY.batch_size)
     assert history[-1]["lr"] == pytest.approx(learning_rate(len(history) - 1, len(history), TINY.lr, TINY.warmup))
 
 
@@ -267,3 +275,218 @@ def test_a_run_is_named_by_all_that_it_reads():
     assert training.run_key(recipe, material, [0]) == training.run_key(recipe, other_pictures, [0])
     unread = material._replace(word_embeddings=np.zeros((2, 4)), word_table=table._replace(ids=np.arange(1, 4)))
     for plain in (dict(alpha=0.0, word_table=False), dict(word_batch=0, word_table=False)): assert path(**plain) == path(unread, **plain)
+
+
+# ---- the recipe's door
+
+WRONG = [(name, value) for name, values in dict(
+    epochs=(0, -1, 2.5, "3", True, None, math.inf), batch_size=(1, 0, 256.0), k=(0,), words=(-1,), word_batch=(-1,), warmup=(-1,),
+    seed=(-1, 0.5), layer=(1.0, None), lr=(0, 0.0, -1e-3, math.nan, math.inf, "1e-3", True), temperature=(0.0, math.nan, -math.inf),
+    alpha=(-1.0, math.nan, math.inf), beta=(-0.1,), gamma=(math.inf,), weight_decay=(-0.1, math.nan), train_image=("none", None),
+    normalise=("length",), projection=("deep",), concept_on=("none", ""), pooling=("first",), prompt=("no place", None),
+    student=(None, 3), pretrained=(3,), imagenet=(1, None), word_table=("yes",)).items() for value in values]
+
+
+@pytest.mark.parametrize("name, value", WRONG)
+def test_an_impossible_setting_is_an_error_before_any_work(name, value):
+    for make in (lambda: Recipe(**{name: value}), lambda: dataclasses.replace(TINY, **{name: value})):
+        with pytest.raises(ValueError) as error: make()
+        assert f"{name}={value!r}" in str(error.value) and "expected" in str(error.value)
+
+
+def test_whole_numbers_pass_for_floats_and_hashes_stay():
+    assert Recipe(alpha=2, lr=1).alpha == 2 and Recipe(warmup=0, words=0, gamma=0, layer=-1, pretrained="openai").gamma == 0
+    key = json.dumps(dataclasses.asdict(training.LAPTOP), sort_keys=True)
+    assert hashlib.sha256(key.encode()).hexdigest()[:16] == "3c73a934ec229f65"
+    assert Recipe(**json.loads(key)) == training.LAPTOP and hash(Recipe()) == hash(training.LAPTOP)
+
+
+# ---- what a step reads
+
+def test_concept_loss_on_each_modality_and_side_by_side():
+    student, batch = tiny_student(), training.batch_of(tiny_inputs(), range(8))
+    parts = {on: compute_losses(student, batch, dataclasses.replace(TINY, concept_on=on))[1]["concept"] for on in ("image", "text", "both", "concat")}
+    x, y = (f / f.pow(2).mean(1, keepdim=True).sqrt() for f in (student.encode_image(batch.images), student.encode_text(batch.tokens)))
+    logits = dict(image=student.image_concepts(x), text=student.text_concepts(y))
+    logits["concat"] = torch.cat([x, y], 1) @ torch.cat([student.image_concepts.weight, student.text_concepts.weight], 1).T
+    logits["concat"] = logits["concat"] + student.image_concepts.bias + student.text_concepts.bias
+    for on, z in logits.items(): torch.testing.assert_close(parts[on], -(batch.labels * z.log_softmax(1)).sum(1).mean())
+    torch.testing.assert_close(parts["both"], (parts["image"] + parts["text"]) / 2)
+
+
+def test_captions_without_images_count_in_distillation_alone():
+    student, batch = tiny_student(), training.batch_of(tiny_inputs(), range(8))
+    extra = Texts(batch.tokens[:3], batch.targets[3:6])
+    _, parts = compute_losses(student, batch, TINY)
+    _, more = compute_losses(student, batch, TINY, extra)
+    distances = [(student.predict_teacher(student.encode_text(t[None])) - y).pow(2).sum() for x in (batch, extra) for t, y in zip(x.tokens, x.targets)]
+    torch.testing.assert_close(more["distillation"], sum(distances) / 11)
+    for name in ("concept", "contrastive"): torch.testing.assert_close(more[name], parts[name])
+
+
+def test_captions_cut_to_the_longest_give_the_same_step():
+    "A student that reads 12 tokens, captions of at most 5: the cut batch gives the losses and gradients of the whole one."
+    def student():
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(16, dict(image_size=8, patch_size=4, width=32, head_width=16, layers=1),
+                              dict(context_length=12, vocab_size=50, width=16, heads=2, layers=1))
+        return Student(clip, 16, TEACHER, K, train_image="all").train()
+    inputs, lengths = tiny_inputs(), torch.arange(N) % 4 + 2
+    tokens = torch.zeros(N, 12, dtype=torch.long)
+    for row, length in enumerate(lengths): tokens[row, :length] = torch.cat([inputs.tokens[row, :length - 1], torch.tensor([49])])
+    inputs, words = inputs._replace(tokens=tokens), Texts(tokens[:4], inputs.targets[:4])
+    rows = [r for r in range(N) if lengths[r] < 5][:8]
+    cut, few = training.batch_of(inputs, rows), training.word_batch(words, dataclasses.replace(TINY, word_batch=6), 0)
+    whole = cut._replace(tokens=tokens[rows])
+    assert cut.tokens.shape == (8, 4) and cut.tokens.equal(tokens[rows, :4]) and few.tokens.shape[1] <= 5
+    a, b = student(), student()
+    one, two = train_step(a, make_optimizer(a, 1e-3, 0.1), cut, TINY, 1e-3, few), train_step(b, make_optimizer(b, 1e-3, 0.1), whole, TINY, 1e-3, few)
+    assert one == pytest.approx(two, rel=1e-5)
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+def few_pairs(n: int = 6) -> Pairs:
+    "Noise as pictures, with names of different lengths."
+    names = ["dog", "pizza", "rocket", "octopus", "fire engine", "red apple on a plate"][:n]
+    return Pairs(np.random.default_rng(0).integers(0, 255, (n, 128, 128, 3), dtype=np.uint8), names, names, [None] * n, [None] * n)
+
+
+def test_inputs_hold_what_they_were_made_from(monkeypatch, tmp_path):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    pairs, rng = few_pairs(), np.random.default_rng(0)
+    targets, labels = rng.normal(size=(6, 5)), rng.dirichlet(np.ones(3), size=6)
+    for train_image, shape in (("head", 1280), ("all", 3)):
+        student = build_student(teacher_dim=5, n_concepts=3, imagenet=False, train_image=train_image)
+        inputs = prepare_inputs(student, pairs, targets, torch.from_numpy(labels).bfloat16() if shape == 3 else labels)
+        assert inputs.images.shape[1] == shape
+        two = training.batch_of(inputs, [5, 2])
+        assert two.captions == [pairs.captions[5], pairs.captions[2]] and two.tokens.equal(cut_padding(tokenize(student, two.captions)))
+        assert two.targets.dtype == two.labels.dtype == torch.float32
+        np.testing.assert_allclose(two.targets, targets[[5, 2]], rtol=1e-6)
+        np.testing.assert_allclose(two.labels, labels[[5, 2]], rtol=1e-6 if shape == 1280 else 1e-2)
+        images = prepare_images(student, pairs.images[[5, 2]])
+        with torch.no_grad(): images = student.clip.visual.trunk(images) if shape == 1280 else images
+        torch.testing.assert_close(two.images, images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets, labels, said", [
+    (np.full((6, 5), np.nan), np.full((6, 2), 0.5), "targets.*NaN"), (np.ones((6, 5)), np.full((6, 2), 0.4), "sum.*0.8"),
+    (np.ones((6, 5)), np.tile([1.5, -0.5], (6, 1)), "negative|-0.5"), (np.ones((5, 5)), np.full((6, 2), 0.5), "6 pairs, 5 targets"),
+    (np.ones((6, 5)), np.full((3, 2), 0.5), "3 labels"), (np.ones(6), np.full((6, 2), 0.5), "shape"),
+    (np.ones((6, 5)), np.zeros(6, int), "dtype|shape")])
+def test_labels_and_targets_are_checked_once_where_they_enter(targets, labels, said):
+    with pytest.raises(ValueError, match=said): prepare_inputs(tiny_student(), few_pairs(), targets, labels)
+
+
+def test_targets_and_concepts_know_the_training_rows_alone():
+    embeddings, rows = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32), np.arange(20)
+    recipe = dataclasses.replace(TINY, temperature=0.3)
+    targets, concepts, labels = training.make_targets(embeddings, rows, recipe)
+    centred = embeddings - embeddings[rows].mean(0)
+    np.testing.assert_allclose(targets, centred / np.linalg.norm(centred, axis=1, keepdims=True), atol=1e-6)
+    distances = ((targets[:, None] - concepts.centroids) ** 2).sum(2)
+    np.testing.assert_allclose(labels, torch.from_numpy(-distances / 0.3).softmax(1), atol=1e-5)
+    embeddings[20:] += 5
+    again = training.make_targets(embeddings, rows, recipe)
+    np.testing.assert_array_equal(again[0][rows], targets[rows])
+    np.testing.assert_array_equal(again[2][rows], labels[rows])
+
+
+def test_the_optimiser_is_clip_s():
+    defaults = make_optimizer(tiny_student(), 3e-4, 0.1).defaults
+    assert defaults["betas"] == (0.9, 0.98) and defaults["eps"] == 1e-6 and defaults["lr"] == 3e-4
+
+
+# ---- the end of a step
+
+def with_gradients(scale: float = 1.0) -> Student:
+    "A student after a backward pass whose gradients are multiplied by `scale`."
+    student = tiny_student()
+    compute_losses(student, training.batch_of(tiny_inputs(), range(8)), TINY)[0].backward()
+    for p in student.parameters():
+        if p.grad is not None: p.grad *= scale
+    return student
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e9])
+def test_a_step_ends_as_torch_s_clip_and_adamw_end_it(max_norm):
+    ours, theirs = with_gradients(), with_gradients()
+    norm = optimizer_step(ours, make_optimizer(ours, 9.0, 0.1), 1e-3, max_norm)
+    wanted = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf)
+    assert type(norm) is float and norm == pytest.approx(wanted.item(), rel=1e-6)
+    make_optimizer(theirs, 1e-3, 0.1).step()
+    for p, q in zip(ours.parameters(), theirs.parameters()): torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad, max_norm):
+    student = with_gradients()
+    student.to_teacher.weight.grad[0, 0] = bad
+    optimizer = make_optimizer(student, 1e-3, 0.1)
+    assert not math.isfinite(optimizer_step(student, optimizer, 1e-3, max_norm))
+    assert same_weights(student, tiny_student()) and not optimizer.state
+
+
+def test_without_gradients_the_length_is_zero():
+    student = tiny_student()
+    assert optimizer_step(student, make_optimizer(student, 1e-3, 0.1), 1e-3) == 0.0
+
+
+def test_a_diverging_run_ends_with_its_last_good_checkpoint(tmp_path):
+    "The inputs break in the third epoch: the file holds the second, and goes on where they are mended."
+    path, whole = tmp_path / "run.safetensors", tiny_student()
+    history = train(whole, tiny_inputs(), TINY)
+    train(tiny_student(), tiny_inputs(), TINY, checkpoint=tmp_path / "other.safetensors")
+    broken, calls = tiny_inputs(), []
+    step = training.train_step
+    def later(student, optimizer, batch, *args):
+        calls.append(1)
+        if len(calls) > 7: batch = batch._replace(images=batch.images * float("inf"))
+        return step(student, optimizer, batch, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_step", later)
+        with pytest.raises(ValueError, match="step 7 .*lower the learning rate|NaN"): train(tiny_student(), broken, TINY, checkpoint=path)
+    student = tiny_student(seed=9)
+    assert load_checkpoint(path, student, None, TINY)[0] == 2 and all(x.isfinite().all() for x in student.state_dict().values())
+    assert train(student, tiny_inputs(), TINY, checkpoint=path) == history and same_weights(student, whole)
+
+
+def test_a_rate_that_is_far_too_high_is_an_error():
+    with pytest.raises(ValueError, match="learning rate|NaN"): train(tiny_student(), tiny_inputs(), dataclasses.replace(TINY, lr=1e30))
+
+
+# ---- the whole run
+
+def test_run_recipe_is_the_steps_of_the_course_in_order(monkeypatch, tmp_path):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    pairs, rng, rows = few_pairs(), np.random.default_rng(0), np.arange(5)
+    table = WordTable(np.arange(300, 400), rng.normal(size=(100, 128)).astype(np.float32))
+    material = training.Material(pairs, rng.normal(size=(6, 8)).astype(np.float32), ["house", "to walk", "green"], rng.normal(size=(3, 8)).astype(np.float32), table)
+    recipe = dataclasses.replace(TINY, epochs=2, batch_size=2, k=2, word_batch=2, imagenet=False)
+    run = training.run_recipe(recipe, material, rows, tmp_path / "runs", device="cpu")
+    student = build_student(teacher_dim=8, n_concepts=2, imagenet=False)
+    training.start_from_words(student, table)
+    targets, concepts, labels = training.make_targets(material.embeddings, rows, recipe)
+    inputs = prepare_inputs(student, pairs, targets, labels)
+    centred = material.word_embeddings - material.embeddings[rows].mean(0)
+    words = Texts(tokenize(student, material.words), torch.from_numpy(centred / np.linalg.norm(centred, axis=1, keepdims=True)))
+    history = train(student, training.batch_of(inputs, rows), recipe, words)
+    assert [h["total"] for h in run.history] == pytest.approx([h["total"] for h in history], rel=1e-5) and len(history) == 4
+    np.testing.assert_array_equal(run.concepts.centroids, concepts.centroids)
+    student.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run.image_features, student.encode_image(inputs.images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run.text_features, student.encode_text(inputs.tokens), rtol=1e-4, atol=1e-4)
+    again = training.run_recipe(recipe, material, rows, tmp_path / "runs")
+    assert again.history == run.history and same_weights(again.student, run.student) and not run.student.training
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_the_gpu_is_the_same_up_to_rounding_and_resumes_on_either_device(tmp_path):
+    cpu, gpu = tiny_student(), tiny_student().to("cuda")
+    history, path = train(cpu, tiny_inputs(), TINY), tmp_path / "run.safetensors"
+    for a, b in zip(history, train(gpu, tiny_inputs(), TINY, checkpoint=path)): assert a == pytest.approx(b, rel=1e-3)
+    back = tiny_student(seed=9)
+    assert load_checkpoint(path, back, make_optimizer(back, 1e-3, 0.1), TINY)[0] == 3
+    for a, b in zip(back.parameters(), gpu.parameters()): assert a.equal(b.cpu())
