@@ -170,7 +170,7 @@ def deal_run(
 
 # %% ../../nbs/scale/04_loader.ipynb #af68e798
 class CropBytes:
-    "open_clip's random crop with torch's resampling of bytes: a few times as fast as Pillow's, one level of 256 apart at most."
+    "open_clip's random crop with torch's resampling of bytes: a few times as fast as Pillow's, at most two levels of 256 apart."
 
     def __init__(self, crop: Any):  # torchvision's RandomResizedCrop
         self.crop = crop
