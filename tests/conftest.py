@@ -1,10 +1,12 @@
 """Settings for all tests: no window, no network, one thread, the same examples every time."""
 
 import os
+import sys
 
 os.environ["MPLBACKEND"] = "agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, os.path.dirname(__file__))  # for shard_files
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ def openmoji_rows():
     return openmoji_table()
 
 
+<<<<<<< HEAD
 # --- a run of all stages, for the tests of the command line and of the export
 
 SMALL = "--k 4 --student kklip-laptop-vit --no-imagenet --train-image all --batch-size 8 --epochs 2 --warmup 1".split()
@@ -73,3 +76,21 @@ def finished(photos, fake_teacher, tmp_path_factory):
                      ["evaluate", run, held_out]):
             assert main(line) == 0, line
     return work
+=======
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    "A folder of shards, sidecars and concepts, made once; nobody changes it."
+    import shard_files
+
+    home = tmp_path_factory.mktemp("built")
+    shard_files.build(home)
+    return home
+
+
+@pytest.fixture
+def files(built, tmp_path):
+    "The same, copied for one test."
+    import shard_files
+
+    return shard_files.copy(built, tmp_path)
+>>>>>>> h-shards
