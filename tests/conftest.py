@@ -31,7 +31,6 @@ def openmoji_rows():
     return openmoji_table()
 
 
-<<<<<<< HEAD
 # --- a run of all stages, for the tests of the command line and of the export
 
 SMALL = "--k 4 --student kklip-laptop-vit --no-imagenet --train-image all --batch-size 8 --epochs 2 --warmup 1".split()
@@ -76,7 +75,8 @@ def finished(photos, fake_teacher, tmp_path_factory):
                      ["evaluate", run, held_out]):
             assert main(line) == 0, line
     return work
-=======
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     "A folder of shards, sidecars and concepts, made once; nobody changes it."
@@ -93,4 +93,3 @@ def files(built, tmp_path):
     import shard_files
 
     return shard_files.copy(built, tmp_path)
->>>>>>> h-shards
