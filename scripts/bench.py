@@ -200,3 +200,162 @@ def _open_clip_features(clip, images: torch.Tensor, tokens: torch.Tensor) -> tup
     "What a CLIP returns; where the trunk has been run before, its head alone."
     if images.ndim == 4: return clip(images, tokens)[:3]
     return F.normalize(clip.visual.head(images), dim=-1), clip.encode_text(tokens, normalize=True), clip.logit_scale.exp()
+
+
+# --- pictures, and whole training on shards
+
+def make_data(folder: Path, count: int, side: int, per_shard: int = 100):
+    "Shards of drawings as JPEG, with random vectors beside them and concepts of these."
+    from kklip_nb.data import openmoji_table, render_svg
+    from kklip_nb.scale.clustering import cluster_shards
+    from kklip_nb.scale.embeddings import embed_shards, open_sidecars
+    from kklip_nb.scale.loader import open_data
+    from kklip_nb.scale.shards import list_shards, write_shards
+    rows = openmoji_table()[:count]
+    write_shards(((render_svg(r["path"], side), r["caption"]) for r in rows), folder / "shards", per_shard, side)
+    urls, rng = list_shards(folder / "shards"), np.random.default_rng(0)
+    embed_shards(urls, folder / "embeddings", lambda captions: rng.standard_normal((len(captions), 64), dtype=np.float32),
+                 teacher="random", pooling="none", layer=0, prompt="{}")
+    cluster_shards(open_sidecars(folder / "embeddings", urls), folder / "concepts", 8)
+    return open_data(urls, folder / "embeddings", folder / "concepts")
+
+
+def open_clip_data(data, preprocess, context_length: int, batch_size: int, workers: int):
+    "open_clip_train's loader over the same shards."
+    import open_clip
+    from open_clip_train.data import get_wds_dataset
+    pattern = "::".join(data.urls)
+    args = argparse.Namespace(train_data=pattern, train_num_samples=sum(map(len, data.captions)), dataset_resampled=False, seed=0, batch_size=batch_size,
+                              workers=workers, world_size=1, train_data_upsampling_factors=None)
+    return get_wds_dataset(args, preprocess, True, tokenizer=open_clip.SimpleTokenizer(context_length=context_length))
+
+
+def pictures() -> Iterator[Line]:
+    "Pictures a second from shards of 512-pixel JPEGs to batches of 224 pixels, with two worker processes and no model."
+    import dataclasses
+
+    import open_clip
+
+    from kklip_nb.data import decode_image, openmoji_table, read_image, render_svg
+    from kklip_nb.scale.loader import read_steps, shard_recipe
+    from kklip_nb.student import build_student
+    from kklip_nb.training import LAPTOP
+    from PIL import Image
+    import io
+    buffer = io.BytesIO()
+    Image.fromarray(render_svg(openmoji_table()[0]["path"], 512)).save(buffer, "JPEG", quality=95)
+
+    def through_rgba() -> np.ndarray:
+        image = Image.open(io.BytesIO(buffer.getvalue())).convert("RGBA").resize((224, 224), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        square = Image.new("RGBA", (224, 224), "white")
+        square.alpha_composite(image)
+        return np.asarray(square.convert("RGB"))
+    np.testing.assert_array_equal(through_rgba(), read_image(buffer.getvalue(), 224))
+    ours, theirs, ratio = interleaved(lambda: read_image(buffer.getvalue(), 224), through_rgba, 15, 10)
+    yield Line("pictures", "read_image, a JPEG of 512 pixels", "Pillow by way of RGBA", 1e3 * ours, 1e3 * theirs, "ms", ratio, "")
+    assert decode_image(buffer.getvalue()).size == (512, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(Path(folder), 1600, 512)
+        student = build_student("ViT-B-32", imagenet=False, train_image="all", teacher_dim=64, n_concepts=8)
+        recipe = dataclasses.replace(shard_recipe(LAPTOP), student="ViT-B-32", imagenet=False, train_image="all", batch_size=100, epochs=1, k=8)
+        transform = open_clip.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip)), is_train=True)
+        loader = open_clip_data(data, transform, 77, 50, 2).dataloader
+        count = sum(map(len, data.captions))
+        ours, theirs, ratio = interleaved(lambda: [None for _ in read_steps(student, data, recipe, 2, workers=2)], lambda: [None for _ in loader], 2)
+        yield Line("pictures", "loader, 512 → 224 pixels, 2 workers", "open_clip_train's loader", count / ours, count / theirs, "pictures/s", 1 / ratio, "")
+
+
+def training() -> Iterator[Line]:
+    "An epoch on shards, everything included, beside open_clip_train: the same towers, data, batch and precision."
+    import dataclasses
+
+    import open_clip
+    from open_clip.loss import ClipLoss
+    from open_clip_train.train import train_one_epoch
+
+    from kklip_nb.scale.distributed import start_world
+    from kklip_nb.scale.long_run import train_shards
+    from kklip_nb.scale.loader import shard_recipe
+    from kklip_nb.student import build_student
+    from kklip_nb.training import LAPTOP, make_optimizer
+    recipe = dataclasses.replace(shard_recipe(LAPTOP), student="kklip-laptop-vit", imagenet=False, train_image="all", batch_size=128, epochs=2, k=8, warmup=1)
+    with tempfile.TemporaryDirectory() as folder:
+        data, runs = make_data(Path(folder), 1600, 64), iter(range(1000))
+        clip = build_student("kklip-laptop-vit", imagenet=False, train_image="all").clip
+        clip.output_dict = True
+        transform = open_clip.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(clip)), is_train=True)
+        optimizer, loader = make_optimizer(clip, 1e-3, 0.1), open_clip_data(data, transform, clip.context_length, 128, 1)
+        args = argparse.Namespace(device="cpu", precision="fp32", distill=False, accum_freq=1, skip_scheduler=True, grad_clip_norm=None, horovod=False, rank=0,
+                                  log_every_n_steps=1000, batch_size=128, world_size=1, wandb=False, local_rank=0, save_logs=False, distributed=False)
+
+        def ours() -> None:
+            with start_world() as world: train_shards(recipe, data, Path(folder) / f"run{next(runs)}", world, streams=1, workers=1, save_every=10**6)
+
+        def theirs() -> None:
+            for epoch in range(recipe.epochs): train_one_epoch(clip, {"train": loader}, ClipLoss(), epoch, optimizer, None, None, None, args)
+        mine, plain, ratio = interleaved(ours, theirs, 3)
+        pairs = recipe.epochs * sum(map(len, data.captions))
+        yield Line("training", "train_shards, KKLIP, small ViT, one worker", "open_clip_train, CLIP", pairs / mine, pairs / plain, "pairs/s", 1 / ratio, "")
+
+
+# --- k-means
+
+def kmeans() -> Iterator[Line]:
+    "The clustering stage on sidecars beside scikit-learn with all rows in memory; the paper's size is in results/cluster.csv."
+    for size in (["--rows", "50000", "--dim", "512", "--k", "200"],):
+        out = subprocess.run([sys.executable, ROOT / "scripts" / "bench_cluster.py", *size], capture_output=True, text=True, check=True).stdout
+        ours, theirs = (eval(line) for line in out.splitlines()[:2])  # noqa: S307, our own script's dicts
+        for name, unit, target in (("seconds", "s", "<= 1.2"), ("inertia_per_row", "a row", "<= 1.01"), ("peak_gb", "GB", "")):
+            yield Line("kmeans", f"cluster_shards, {size[1]} × {size[3]}, k = {size[5]}: {name}", "MiniBatchKMeans in memory", ours[name], theirs[name], unit,
+                       ours[name] / theirs[name], target)
+
+
+# --- all of them
+
+GROUPS = dict(losses=losses, chunked=chunked, teacher=teacher, text=text, step=step, pictures=pictures, training=training, kmeans=kmeans)
+COLUMNS = ("group", "what", "theirs", "ours_value", "theirs_value", "unit", "ratio", "target", "holds", "machine", "date")
+
+
+def machine() -> str:
+    "Processor, cores, threads and versions, in words."
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "open_clip_torch", "transformers", "scikit-learn"))
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"
+
+
+def as_row(line: Line) -> dict[str, str]:
+    "A line of the CSV file."
+    numbers = {k: f"{getattr(line, k):.4g}" for k in ("ours_value", "theirs_value", "ratio")}
+    return line._asdict() | numbers | dict(holds=holds(line), machine=machine(), date=datetime.date.today().isoformat())
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    "results/bench.md."
+    lines = ["# Speed, side by side", "", "Made by `make bench`. Ours and theirs run in turn in one process; the ratio is the median over the turns.", "",
+             "| what | compared with | ours | theirs | unit | ours / theirs | target | holds |", "|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {r['what']} | {r['theirs']} | {r['ours_value']} | {r['theirs_value']} | {r['unit']} | {r['ratio']} | {r['target']} | {r['holds']} |" for r in rows]
+    measured = dict.fromkeys((r["machine"], r["date"]) for r in rows)
+    return "\n".join([*lines, "", *(f"Measured on {m}, {d}." for m, d in measured), ""])
+
+
+def main() -> int:
+    from kklip_nb.evidence.study import read_rows, write_rows
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="default: all")
+    args = parser.parse_args()
+    rows = read_rows(PATH)
+    for name in args.groups or GROUPS:
+        started, found = time.perf_counter(), []
+        for line in GROUPS[name]():
+            found.append(as_row(line) | dict(group=name))
+            print(f"{line.ratio:8.3f}  {line.target:>14} {holds(line):4} {line.what}  |  {line.theirs}: {line.ours_value:.4g} / {line.theirs_value:.4g} {line.unit}", flush=True)
+        rows = [r for group in GROUPS for r in (found if group == name else [r for r in rows if r["group"] == group])]
+        write_rows(PATH, [{k: r[k] for k in COLUMNS} for r in rows])
+        PATH.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try: sys.exit(main())
+    except KeyboardInterrupt: sys.exit("interrupted; the groups that are done are kept")

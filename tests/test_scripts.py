@@ -169,3 +169,9 @@ def test_the_recorded_word_table_holds_the_teacher_s_words(material):
     again = make_word_table(ids, input_embeddings(load_teacher(), piece_texts(ids)))
     cosine = (again.vectors * unit).sum(1) / np.linalg.norm(again.vectors, axis=1)
     assert np.abs(cosine).min() > 0.99
+
+
+def test_the_steps_for_a_gpu_run_in_small_on_any_machine():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "gpu.py", "--tiny"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "embed_captions" in done.stdout and "train_shards" in done.stdout
