@@ -1,0 +1,312 @@
+"""A stopped run against one that never stopped, checkpoints that are damaged, steps that are not finite, and held-out shards."""
+
+import csv
+import dataclasses
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from little_shards import ALONE, RECIPE, STEPS, data, folder, little_pairs  # noqa: F401
+from test_training import same_weights
+
+from kklip_nb import training
+from kklip_nb.evaluation import retrieval_recall
+from kklip_nb.scale import long_run
+from kklip_nb.scale.distributed import World, start_student
+from kklip_nb.scale.loader import open_data
+from kklip_nb.scale.long_run import (FIELDS, MAX_SKIPPED, Log, Settings, check_held_out, evaluate_shards, list_checkpoints,
+                                     newest_checkpoint, trim_log)
+from kklip_nb.scale.shards import list_shards, read_shard, run_lock, write_shards
+from kklip_nb.student import prepare_images, tokenize
+from kklip_nb.data import read_image
+from kklip_nb.training import load_checkpoint
+
+TESTS = Path(__file__).resolve().parent
+
+
+class Stop(Exception):
+    "Raised in the middle of a run."
+
+
+def train(recipe, data, folder, world=ALONE, held_out=(), **settings):
+    "train_shards in this process alone."
+    return long_run.train_shards(recipe, data, folder, world, held_out, **(dict(streams=2, workers=0) | settings))
+
+
+def log_of(folder: Path, name: str = "log.csv") -> list[dict[str, str]]:
+    "A log but for the speed."
+    with open(folder / name, newline="") as file: return [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in csv.DictReader(file)]
+
+
+# --- stopped, and taken up again
+
+@pytest.fixture(scope="session")
+def whole_run(data, tmp_path_factory):
+    "A run that nothing has stopped."
+    folder = tmp_path_factory.mktemp("whole")
+    return train(RECIPE, data, folder), folder
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    "An exception before the line of this step is written."
+    write = Log.write
+    def failing(self, line):
+        if line["step"] == step: raise Stop
+        write(self, line)
+    monkeypatch.setattr(Log, "write", failing)
+
+
+def assert_same_run(student, folder, whole_run) -> None:
+    "Weights, optimiser and log of a run that went on equal those of the whole one."
+    whole, whole_folder = whole_run
+    a, b = (load_file(newest_checkpoint(f)) for f in (folder, whole_folder))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and any(k.startswith("optimizer.") for k in a)
+    assert same_weights(student, whole) and log_of(folder) == log_of(whole_folder) and len(log_of(folder)) == STEPS
+    assert not list(folder.glob(".*.part"))
+
+
+@pytest.mark.parametrize("step, save_every", [(0, 1), (1, 1), (12, 1), (7, 2), (8, 2), (4, 5), (9, 5), (17, 5)])
+def test_a_stopped_run_goes_on_to_the_bit(data, tmp_path, whole_run, step, save_every):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Stop): train(RECIPE, data, tmp_path, save_every=save_every)
+    taken, real = [], long_run.global_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_run, "global_step", lambda *args, **how: taken.append(1) or real(*args, **how))
+        student = train(RECIPE, data, tmp_path, save_every=save_every)
+    assert len(taken) == STEPS - step // save_every * save_every
+    assert_same_run(student, tmp_path, whole_run)
+
+
+def test_stopped_at_every_third_step_it_still_is_the_same_run(data, tmp_path, whole_run):
+    for step in range(3, STEPS, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(Stop): train(RECIPE, data, tmp_path, save_every=1)
+    assert_same_run(train(RECIPE, data, tmp_path), tmp_path, whole_run)
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(data, tmp_path, whole_run):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(Stop): train(RECIPE, data, tmp_path, save_every=5)
+    with open(tmp_path / "log.csv", "a") as file: file.write("7,0,0.000")
+    assert_same_run(train(RECIPE, data, tmp_path), tmp_path, whole_run)
+
+
+def test_trim_log_keeps_what_the_checkpoint_has(tmp_path):
+    path, row = tmp_path / "log.csv", ",".join("1" * (len(FIELDS) - 1))
+    header = ",".join(FIELDS)
+    path.write_text("\n".join([header, f"0,{row}", f"1,{row}", f"2,{row}", "1,0,0.0"]))
+    trim_log(path, 2)
+    assert path.read_text().split() == [header, f"0,{row}", f"1,{row}"]
+    trim_log(path, 0)
+    assert path.read_text().split() == [header]
+    trim_log(tmp_path / "new.csv", 5)
+    assert (tmp_path / "new.csv").read_text().split() == [header]
+
+
+@pytest.fixture
+def finished(whole_run, tmp_path):
+    "A copy of the whole run's folder."
+    return Path(shutil.copytree(whole_run[1], tmp_path / "run"))
+
+
+def test_a_checkpoint_of_something_else_is_refused(finished, folder, data):
+    urls = list_shards(folder / "shards")
+    fewer = open_data(urls[:4], folder / "embeddings", folder / "concepts")
+    before = newest_checkpoint(finished).read_bytes(), log_of(finished)
+    for match, recipe, shards, settings in (("alpha.*2.0.*3.0", dataclasses.replace(RECIPE, alpha=3.0), data, {}),
+                                            ("streams.*2.*4", RECIPE, data, dict(streams=4)),
+                                            ("precision.*fp32.*bf16", RECIPE, data, dict(precision="bf16")),
+                                            ("max_norm.*None.*1.0", RECIPE, data, dict(max_norm=1.0)),
+                                            ("augment.*True.*False", RECIPE, data, dict(augment=False)),
+                                            ("'data'", RECIPE, fewer, {})):
+        with pytest.raises(ValueError, match=f"checkpoint-00000020.safetensors .*{match}.*another folder"):
+            train(recipe, shards, finished, **settings)
+    assert before == (newest_checkpoint(finished).read_bytes(), log_of(finished))
+
+
+def test_the_last_checkpoints_are_kept(data, tmp_path):
+    train(RECIPE, data, tmp_path, save_every=3, keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-00000018.safetensors", "checkpoint-00000020.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, whole_run):
+    train(RECIPE, data, tmp_path, save_every=6)
+    for path in list_checkpoints(tmp_path)[-2:]: path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="damaged.*an older checkpoint is taken") as said:
+        student = train(RECIPE, data, tmp_path, save_every=6)
+    assert len(said) == 2
+    assert_same_run(student, tmp_path, whole_run)
+    for path in list_checkpoints(tmp_path): path.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no checkpoint in .* is whole.*delete them and train again"): train(RECIPE, data, tmp_path)
+
+
+def test_processes_that_see_other_checkpoints_end(finished, data, monkeypatch):
+    def others(answers, mine): answers[:] = [mine, None]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", others)
+    with pytest.raises(ValueError, match=r"see other checkpoints: \['checkpoint-00000020.safetensors', None\].*file system that all of them share"):
+        long_run.resume(finished, start_student(RECIPE, data, ALONE), None, None, RECIPE, {}, World(0, 2, ALONE.device))
+
+
+def test_a_full_disk_costs_one_checkpoint(data, tmp_path, whole_run, monkeypatch):
+    calls, real = [], training.save_file
+    def full(tensors, part, metadata):
+        calls.append(1)
+        if len(calls) != 3: return real(tensors, part, metadata=metadata)
+        Path(part).write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(training, "save_file", full)
+    with pytest.raises(OSError, match="No space left"): train(RECIPE, data, tmp_path, save_every=3)
+    _, (last,) = load_checkpoint(newest_checkpoint(tmp_path), start_student(RECIPE, data, ALONE), None, RECIPE)
+    assert last["step"] == 5 and not list(tmp_path.glob(".*.part"))
+    assert_same_run(train(RECIPE, data, tmp_path, save_every=3), tmp_path, whole_run)
+
+
+def test_what_a_kill_left_half_written_is_swept_away(data, tmp_path, whole_run):
+    for name in ("checkpoint-00000020.safetensors", "log.csv"): (tmp_path / f".{name}.12345.part").write_bytes(b"half")
+    assert_same_run(train(RECIPE, data, tmp_path), tmp_path, whole_run)
+
+
+def test_two_runs_in_one_folder_are_an_error(data, tmp_path):
+    with run_lock(tmp_path / ".train.lock"), pytest.raises(RuntimeError, match="another run"): train(RECIPE, data, tmp_path)
+
+
+# --- steps that are not finite
+
+def break_steps(monkeypatch, broken) -> None:
+    "Pictures of these steps are not numbers."
+    real, step = long_run.to_batch, []
+    def to_batch(*args):
+        step.append(1)
+        batch = real(*args)
+        return batch._replace(images=batch.images * float("nan")) if len(step) - 1 in broken else batch
+    monkeypatch.setattr(long_run, "to_batch", to_batch)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(data, tmp_path, monkeypatch):
+    break_steps(monkeypatch, {3, 4, 11})
+    student = train(RECIPE, data, tmp_path)
+    log = log_of(tmp_path)
+    assert [int(line["skipped"]) for line in log] == [0] * 3 + [1] + [2] * 7 + [3] * 9
+    assert [i for i, line in enumerate(log) if not np.isfinite(float(line["gradient_norm"]))] == [3, 4, 11]
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoints(data, tmp_path, monkeypatch):
+    break_steps(monkeypatch, set(range(5, 30)))
+    with pytest.raises(RuntimeError, match=f"the last {MAX_SKIPPED} steps were not finite, step 14 is the last; lower the learning rate"):
+        train(RECIPE, data, tmp_path, save_every=5)
+    assert len(log_of(tmp_path)) == 15 and newest_checkpoint(tmp_path)
+    _, (last,) = load_checkpoint(list_checkpoints(tmp_path)[0], start_student(RECIPE, data, ALONE), None, RECIPE)
+    assert last["step"] == 4 and last["skipped"] == 0
+
+
+def test_fp16_goes_on_with_its_scaler(data, tmp_path):
+    whole = train(RECIPE, data, tmp_path / "whole", precision="fp16")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 9)
+        with pytest.raises(Stop): train(RECIPE, data, tmp_path / "stopped", precision="fp16", save_every=4)
+    again = train(RECIPE, data, tmp_path / "stopped", precision="fp16")
+    assert same_weights(whole, again) and log_of(tmp_path / "whole") == log_of(tmp_path / "stopped")
+
+
+# --- held-out pairs
+
+def test_held_out_shards_are_scored_on_the_way(folder, data, tmp_path, whole_run):
+    held_out = list_shards(folder / "held-out")
+    student = train(RECIPE, data, tmp_path, held_out=held_out, eval_every=8)
+    scores = log_of(tmp_path, "eval.csv")
+    assert [line["step"] for line in scores] == ["7", "15", "19"] and same_weights(student, whole_run[0])
+    # the last line against the course's own way: all pictures by read_image, features in one piece
+    samples = read_shard(held_out[0])
+    images = prepare_images(student, np.stack([read_image(s["jpg"], 8) for s in samples]))
+    with torch.no_grad(): image_features, text_features = student.eval().encode_image(images), student.encode_text(tokenize(student, [s["txt"].decode() for s in samples]))
+    expected = retrieval_recall(image_features, text_features, text_ids=[s["txt"].decode() for s in samples])
+    assert {k: float(scores[-1][k]) for k in expected} == pytest.approx(expected) and scores[-1]["pairs"] == "20"
+
+
+def test_a_stopped_run_scores_as_one_that_was_not_stopped(folder, data, tmp_path):
+    settings = dict(held_out=list_shards(folder / "held-out"), eval_every=4, save_every=6)
+    train(RECIPE, data, tmp_path / "whole", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 10)
+        with pytest.raises(Stop): train(RECIPE, data, tmp_path / "stopped", **settings)
+    train(RECIPE, data, tmp_path / "stopped", **settings)
+    assert log_of(tmp_path / "whole", "eval.csv") == log_of(tmp_path / "stopped", "eval.csv")
+
+
+def test_training_shards_are_no_held_out_shards(folder, data, tmp_path):
+    check_held_out(list_shards(folder / "held-out"), data)
+    copy = shutil.copy(data.urls[1], tmp_path / "other.tar")  # under another name
+    link = tmp_path / "link.tar"
+    link.symlink_to(data.urls[2])
+    (again,) = write_shards(little_pairs(13, 26), tmp_path / "again", per_shard=13, size=8)  # the same captions under other keys
+    keys = write_shards(little_pairs(20), tmp_path / "keys", per_shard=20, size=8)[:1]  # 13 of 20 pairs have key and caption of shard 0
+    for url in (data.urls[0], copy, link, again, *keys):
+        with pytest.raises(ValueError, match="is among the training shards .*held out"): train(RECIPE, data, tmp_path / "run", held_out=[str(url)])
+
+
+# --- errors
+
+@pytest.mark.parametrize("changed, settings, size, match", [
+    (dict(), dict(streams=3), 1, "batch_size=8 cannot be cut into 3 streams"),
+    (dict(), dict(streams=4), 3, "4 streams for 3 processes; expected a multiple"),
+    (dict(batch_size=80), dict(streams=2), 1, "hold 72 different captions"),
+    (dict(word_batch=4), dict(), 1, r"pass shard_recipe\(recipe\)"),
+    (dict(word_table=True), dict(), 1, r"pass shard_recipe\(recipe\)"),
+    (dict(), dict(streams=0), 1, "streams=0; expected at least 1"),
+    (dict(), dict(keep=0), 1, "keep=0; expected at least 1"),
+    (dict(), dict(save_every=0), 1, "save_every=0; expected at least 1"),
+    (dict(), dict(max_norm=0.0), 1, "max_norm=0.0; expected a positive number"),
+    (dict(), dict(accumulate=True, streams=1), 1, "accumulate needs several streams a process.*give streams=4"),
+    (dict(), dict(precision="fp8"), 1, "precision='fp8'; expected 'auto'"),
+])
+def test_what_does_not_fit_is_said(data, tmp_path, changed, settings, size, match):
+    with pytest.raises(ValueError, match=match): train(dataclasses.replace(RECIPE, **changed), data, tmp_path / "run", World(0, size, ALONE.device), **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("streams", [2, 4])
+def test_accumulated_runs_are_runs_at_once(data, tmp_path, streams):
+    once, parts = train(RECIPE, data, tmp_path / "once", streams=streams), train(RECIPE, data, tmp_path / "parts", streams=streams, accumulate=True)
+    for a, b in zip(log_of(tmp_path / "once"), log_of(tmp_path / "parts"), strict=True): assert abs(float(a["total"]) - float(b["total"])) < 1e-3
+    with pytest.raises(ValueError, match="BatchNorm.*do not accumulate"):
+        train(dataclasses.replace(RECIPE, student="kklip-laptop", imagenet=False), data, tmp_path / "norms", accumulate=True)
+
+
+def test_workers_change_nothing(data, tmp_path, whole_run):
+    assert_same_run(train(RECIPE, data, tmp_path, workers=2), tmp_path, whole_run)
+
+
+def test_tensorboard_has_the_log(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(dataclasses.replace(RECIPE, epochs=1), data, tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    np.testing.assert_allclose([e.value for e in events.Scalars("total")], [float(line["total"]) for line in log_of(tmp_path)], rtol=1e-6)
+
+
+def test_without_tensorboard_it_says_what_to_install(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"): train(RECIPE, data, tmp_path, tensorboard=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+def test_killed_stages_end_as_if_nothing_had_happened():
+    run = subprocess.run([sys.executable, str(TESTS.parent / "scripts" / "kill_test.py"), "--kills", "6"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"embeddings and concepts equal byte for byte, weights bit for bit: 6 kills$", run.stdout.strip()), run.stdout
