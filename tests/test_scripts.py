@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
