@@ -337,7 +337,8 @@ def load_checkpoint(
 ) -> tuple[int, list[dict]]:  # epochs finished, history
     "Take up a run where it was left; raises FileNotFoundError, or ValueError for a corrupt file or another recipe."
     metadata, tensors = _read_checkpoint(path)
-    check_found(path, json.loads(metadata["recipe"]), dataclasses.asdict(recipe), "use its recipe, or another folder")
+    advice = "it belongs to another recipe: go on with that one, or use another folder"
+    check_found(path, json.loads(metadata["recipe"]), dataclasses.asdict(recipe), advice)
     student.load_state_dict({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")})
     if optimizer is not None: _restore(optimizer, tensors)
     return int(metadata["epoch"]), json.loads(metadata["history"])
