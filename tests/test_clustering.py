@@ -23,7 +23,7 @@ from kklip_nb.scale.clustering import (add_up, cluster_shards, draw_rows, first_
                                        nearest_of, save_concepts, spread_out)
 from kklip_nb.scale.embeddings import embed_shards, open_sidecar, open_sidecars, read_rows, slices_of
 from kklip_nb.scale.shards import list_shards, read_shard, run_lock
-from kklip_nb.teacher import save_tensors
+from kklip_nb.tools import save_tensors
 
 TAU = 0.5
 

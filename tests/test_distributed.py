@@ -1,7 +1,6 @@
 """Many processes against one, micro-batches against the whole batch, and steps that are not finite."""
 
 import csv
-import dataclasses
 import os
 import subprocess
 import sys

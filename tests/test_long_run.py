@@ -25,7 +25,7 @@ from kklip_nb.evaluation import retrieval_recall
 from kklip_nb.scale import long_run
 from kklip_nb.scale.distributed import World, start_student
 from kklip_nb.scale.loader import open_data
-from kklip_nb.scale.long_run import (FIELDS, MAX_SKIPPED, Log, Settings, check_held_out, evaluate_shards, list_checkpoints,
+from kklip_nb.scale.long_run import (FIELDS, MAX_SKIPPED, Log, check_held_out, list_checkpoints,
                                      newest_checkpoint, trim_log)
 from kklip_nb.scale.shards import list_shards, read_shard, run_lock, write_shards
 from kklip_nb.student import prepare_images, tokenize

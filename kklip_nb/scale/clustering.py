@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 from ..concepts import Concepts, Scale, apply_scale, fit_scale
 from .embeddings import Sidecar, read_rows, slices_of
 from .shards import Sample, read_shard, remove_parts, run_lock, usable_samples
-from ..teacher import captions_hash, save_tensors
-from ..tools import check_found
+from ..teacher import captions_hash
+from ..tools import check_found, save_tensors
 
 # %% ../../nbs/scale/03_clustering.ipynb #7c76ca9d
 def nearest_of(

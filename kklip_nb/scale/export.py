@@ -26,8 +26,8 @@ from ..evaluation import median_rank, retrieval_recall
 from .long_run import newest_checkpoint
 from .shards import Sample, open_picture, read_shard, usable_samples
 from ..student import Towers, build_student
-from ..teacher import captions_hash, file_hash
-from ..tools import check_found, write_atomically
+from ..teacher import captions_hash
+from ..tools import check_found, file_hash, write_atomically
 from ..training import Recipe, _read_checkpoint, recipe_table
 
 # %% ../../nbs/scale/07_export.ipynb #e0af8b80

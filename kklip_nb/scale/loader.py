@@ -35,8 +35,7 @@ from .clustering import join_shard, load_concepts
 from .embeddings import Sidecar, open_sidecars
 from .shards import Sample, open_picture
 from ..student import Student, cut_padding, prepare_images
-from ..teacher import file_hash
-from ..tools import check_found
+from ..tools import check_found, file_hash
 from ..training import Inputs, Recipe
 
 # %% ../../nbs/scale/04_loader.ipynb #43d96bd3
