@@ -22,10 +22,10 @@ step "the teacher is installed, so that no teacher cell is skipped"
 python -c "from kklip_nb.teacher import packaged_teacher; print(packaged_teacher().name)"
 
 step "notebooks and solutions"
-# 05 trains the two runs that later notebooks find in the cache, so the course comes first
+# 06 trains the two runs that later notebooks find in the cache, so the course comes first
 test_notebooks() { OMP_NUM_THREADS=1 timeout 1500 nbdev_test --flags teacher --n_workers 2 --timing "$@"; }
-test_notebooks --path nbs --file_re '^(0[0-5]_|tools)' --skip_folder_re '^(solutions|evidence|scale)$'
-test_notebooks --path nbs --file_re '^(0[67]_|index)' --skip_folder_re '^(solutions|evidence|scale|appendix)$'
+test_notebooks --path nbs --file_re '^(0[0-6]_|tools)' --skip_folder_re '^(solutions|evidence|scale)$'
+test_notebooks --path nbs --file_re '^(0[78]_|index)' --skip_folder_re '^(solutions|evidence|scale|appendix)$'
 for folder in evidence scale solutions; do test_notebooks --path nbs/$folder; done
 
 step "pytest on the installed package"
