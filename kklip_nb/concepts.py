@@ -66,7 +66,7 @@ def fit_concepts(
 ) -> Concepts:
     "scikit-learn's k-means on one thread, so that the same seed gives the same concepts every time."
     points = finite_matrix("embeddings", embeddings)
-    if not 1 <= k <= len(points): raise ValueError(f"k={k} concepts from {len(points)} captions; expected 1 <= k <= {len(points)}")
+    if not 1 <= k <= len(points): raise ValueError(f"k={k} concepts from {len(points)} captions")
     with threadpool_limits(1):
         kmeans = KMeans(n_clusters=k, n_init=4, random_state=seed).fit(points)
     return Concepts(kmeans.cluster_centers_.astype(np.float32), kmeans.labels_.astype(np.int64), float(kmeans.inertia_))
@@ -80,10 +80,11 @@ def score_concepts(
 ) -> dict[str, float]:  # k, inertia, silhouette, nmi (NaN without known classes), stability (NaN with one seed)
     "Four views on a choice of k: tightness, separation, agreement with known classes, agreement between seeds."
     embeddings = finite_matrix("embeddings", embeddings)
-    if len(classes) != len(embeddings): raise ValueError(f"{len(classes)} classes for {len(embeddings)} embeddings; expected one each")
+    if len(classes) != len(embeddings): raise ValueError(f"{len(classes)} classes for {len(embeddings)} embeddings")
     fits = [fit_concepts(embeddings, k, seed) for seed in seeds]
     known = [i for i, c in enumerate(classes) if c is not None]
-    nmi = [normalized_mutual_info_score([classes[i] for i in known], f.labels[known]) for f in fits] if known else np.nan
+    theirs = [classes[i] for i in known]
+    nmi = [normalized_mutual_info_score(theirs, f.labels[known]) for f in fits] if known else np.nan
     pairs = [(a, b) for i, a in enumerate(fits) for b in fits[:i]]
     stability = np.mean([adjusted_rand_score(a.labels, b.labels) for a, b in pairs]) if pairs else np.nan
     with threadpool_limits(1):
@@ -99,8 +100,8 @@ def soft_labels(
 ) -> np.ndarray | torch.Tensor:  # (n, k) rows that sum to 1; container and dtype of `embeddings`
     r"Softmax over concepts of $-\lVert x - c\rVert^2 / \tau$, in float64. The paper says 'soft' and no more."
     x, c = finite_matrix("embeddings", embeddings), finite_matrix("centroids", centroids)
-    if x.shape[1] != c.shape[1]: raise ValueError(f"embeddings have {x.shape[1]} dimensions, centroids {c.shape[1]}; use one teacher for both")
-    if not (np.isfinite(temperature) and temperature > 0): raise ValueError(f"temperature={temperature}; expected a positive, finite number")
+    if x.shape[1] != c.shape[1]: raise ValueError(f"embeddings have {x.shape[1]} dimensions, centroids {c.shape[1]}")
+    if not 0 < temperature < np.inf: raise ValueError(f"temperature={temperature}; expected a positive, finite number")
     distances = cdist(x, c, "sqeuclidean")
     labels = np.exp(-(distances - distances.min(1, keepdims=True)) / temperature)
     labels /= labels.sum(1, keepdims=True)
@@ -115,7 +116,7 @@ def label_entropy(
     p = finite_matrix("labels", labels)
     if p.min() < 0: raise ValueError(f"labels hold {p.min():.3g}; probabilities cannot be negative")
     sums = p.sum(1)
-    if abs(sums - 1).max() > 5e-3: raise ValueError(f"rows of labels sum to {sums.min():.4g} … {sums.max():.4g}; expected 1")
+    if abs(sums - 1).max() > 5e-3: raise ValueError(f"labels sum to {sums.min():.4g} … {sums.max():.4g}; expected 1")
     return -(p * np.log(np.clip(p, 1e-300, None))).sum(1)
 
 # %% ../nbs/02_concepts.ipynb #c0de0001

@@ -33,11 +33,12 @@ def embed_shard(
     "Embed one shard's usable captions; raises ValueError if more than the limit had to be skipped."
     samples, skipped = usable_samples(read_shard(url))
     if not samples or len(skipped) > max_skipped * (len(samples) + len(skipped)):
-        raise ValueError(f"{url}: {len(skipped)} of {len(samples) + len(skipped)} samples are unusable, more than the share of {max_skipped} that may be; "
-                         f"the first: {dict(itertools.islice(skipped.items(), 3))}; mend the shard or raise the limit")
+        first, total = dict(itertools.islice(skipped.items(), 3)), len(samples) + len(skipped)
+        raise ValueError(f"{url}: {len(skipped)} of {total} samples are unusable, more than the share {max_skipped}; "
+                         f"the first: {first}; mend the shard or raise the limit")
     captions = [s.caption for s in samples]
-    meta = dict(shard=shard_name(url), keys=json.dumps([s.key for s in samples]), skipped=json.dumps(skipped), distinct=len(set(captions)),
-                crc32=json.dumps([zlib.crc32(c.encode()) for c in captions]))
+    meta = dict(shard=shard_name(url), keys=json.dumps([s.key for s in samples]), skipped=json.dumps(skipped),
+                distinct=len(set(captions)), crc32=json.dumps([zlib.crc32(c.encode()) for c in captions]))
     try: save_embeddings(path, embed(captions), captions, **provenance, **meta)
     except ValueError as error: raise ValueError(f"{url}: {error}") from error
     return len(samples), skipped
@@ -64,15 +65,16 @@ def open_sidecar(
 ) -> Sidecar:
     "Read the header alone; raises FileNotFoundError, or ValueError for a file that is no sidecar."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"shard {path.stem} has no embeddings: {path} is missing; run the embedding again")
+    if not path.exists(): raise FileNotFoundError(f"shard {path.stem} has no embeddings: {path} is missing; embed it")
     try:
-        with safe_open(path, framework="numpy") as file: meta, shape = file.metadata(), tuple(file.get_slice("embeddings").get_shape())
+        with safe_open(path, framework="numpy") as file:
+            meta, shape = file.metadata(), tuple(file.get_slice("embeddings").get_shape())
         keys, skipped, crc32 = (json.loads(meta[k]) for k in ("keys", "skipped", "crc32"))
-        if [*map(type, (keys, skipped, crc32, meta["captions"]))] != [list, dict, list, str]: raise TypeError("an entry is of another kind")
-        n, d = shape
-        if not n == len(keys) == len(set(keys)) == len(crc32): raise ValueError(f"{shape} values for {len(set(keys))} keys and {len(crc32)} checksums")
+        kinds = [*map(type, (keys, skipped, crc32, meta["captions"], shape[1]))]
+        if kinds != [list, dict, list, str, int]: raise TypeError(f"entries are {kinds}")
+        if not shape[0] == len(keys) == len(set(keys)) == len(crc32): raise ValueError(f"{shape[0]} rows, {len(keys)} keys")
     except Exception as error:
-        raise ValueError(f"{path} is no sidecar of embeddings ({type(error).__name__}: {error}); delete it and embed shard {path.stem} again") from error
+        raise ValueError(f"{path} is no sidecar of embeddings ({error!r}); delete it and embed again") from error
     check_found(path, meta, dict(shard=path.stem), "it was renamed or copied: delete it and embed again")
     return Sidecar(path, path.stem, keys, shape, meta)
 
@@ -84,7 +86,7 @@ def open_sidecars(
     "The headers of all sidecars; raises an error that names the first missing one, or one of another teacher."
     names = [s.removesuffix(".tar") if "/" not in s else shard_name(s) for s in map(str, shards)]
     sidecars = [open_sidecar(Path(folder) / f"{name}.safetensors") for name in names]
-    for other in sidecars: check_found(other.path, other.provenance(), sidecars[0].provenance(), "embed all shards in one way")
+    for s in sidecars: check_found(s.path, s.provenance(), sidecars[0].provenance(), "embed all shards in one way")
     return sidecars
 
 # %% ../../nbs/scale/02_embeddings.ipynb #ca7d9ae1
@@ -100,7 +102,7 @@ def embed_shards(
 ) -> dict[str, int]:  # shards, captions and skipped, of this call
     "Embed this worker's shards, one after the other; those that are done are left alone."
     from tqdm.auto import tqdm
-    if not 0 <= rank < world_size: raise ValueError(f"rank={rank} of world_size={world_size}; expected 0 <= rank < world_size")
+    if not 0 <= rank < world_size: raise ValueError(f"rank={rank} of world_size={world_size}; expected less")
     folder, done, started = Path(folder), Counter(shards=0, captions=0, skipped=0), time.perf_counter()
     with run_lock(folder / f".embed-{rank}-of-{world_size}.lock"):
         for other in folder.glob(".embed-*.lock"):  # a run that shares the shards out otherwise must not be at work
@@ -110,7 +112,8 @@ def embed_shards(
             path = folder / f"{shard_name(url)}.safetensors"
             remove_parts(path)
             if path.exists():
-                check_found(path, open_sidecar(path).meta, {k: str(v) for k, v in provenance.items()}, "use another folder, or delete it")
+                wanted = {k: str(v) for k, v in provenance.items()}
+                check_found(path, open_sidecar(path).meta, wanted, "use another folder, or delete it")
                 continue
             count, skipped = embed_shard(url, path, embed, max_skipped, **provenance)
             for key, reason in skipped.items(): bar.write(f"skipped {key!r} of shard {path.stem}: {reason}")
@@ -126,10 +129,14 @@ def read_rows(
 ) -> np.ndarray:  # (stop - start, d) float32
     "Some rows of a sidecar, the rest stays on disk; raises ValueError that names shard and key of a NaN."
     try:
-        with safe_open(sidecar.path, framework="numpy") as file: rows = file.get_slice("embeddings")[start:stop].astype(np.float32)
-    except Exception as error: raise ValueError(f"cannot read {sidecar.path} ({error}); delete it and embed shard {sidecar.shard} again") from error
+        with safe_open(sidecar.path, framework="numpy") as file:
+            rows = file.get_slice("embeddings")[start:stop].astype(np.float32)
+    except Exception as error:
+        raise ValueError(f"cannot read {sidecar.path} ({error}); embed shard {sidecar.shard} again") from error
     bad = np.flatnonzero(~np.isfinite(rows).all(1))
-    if len(bad): raise ValueError(f"shard {sidecar.shard}, key {sidecar.keys[start + bad[0]]}: its embedding holds NaN or infinite values; delete {sidecar.path} and embed again")
+    if len(bad):
+        where = f"shard {sidecar.shard}, key {sidecar.keys[start + bad[0]]}"
+        raise ValueError(f"{where}: its embedding holds NaN or infinite values; delete {sidecar.path} and embed again")
     return rows
 
 # %% ../../nbs/scale/02_embeddings.ipynb #42b41fd1

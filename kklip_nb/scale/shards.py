@@ -51,8 +51,8 @@ def _write_tar(path: Path, described: list[dict], images: list, size: int) -> No
     from webdataset import TarWriter
     with open(path, "wb") as file, TarWriter(file, mtime=0, encoder=False) as tar:
         for meta, image in zip(described, images):
-            text = meta["caption"].encode()
-            tar.write({"__key__": meta["key"], "jpg": _encode(image, size), "txt": text, "json": json.dumps(meta).encode()})
+            text = dict(txt=meta["caption"].encode(), json=json.dumps(meta).encode())
+            tar.write(dict(__key__=meta["key"], jpg=_encode(image, size)) | text)
 
 # %% ../../nbs/scale/01_shards.ipynb #26b6505e
 @contextmanager
@@ -64,7 +64,7 @@ def run_lock(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
     try: lock.acquire(timeout=wait)
-    except filelock.Timeout as error: raise RuntimeError(f"another run is writing here ({path} is locked); wait for it, or use another folder") from error
+    except filelock.Timeout as error: raise RuntimeError(f"another run is writing here: {path} is locked") from error
     try: yield
     finally: lock.release()
 
@@ -85,18 +85,20 @@ def write_shards(
 ) -> list[Path]:  # the shards
     "Pack pairs as img2dataset does. A killed run goes on; raises ValueError if the folder holds other shards."
     from tqdm.auto import tqdm
-    if not 1 <= per_shard <= 10_000: raise ValueError(f"per_shard={per_shard}; expected 1 to 10000, since keys have four digits")
+    if not 1 <= per_shard <= 10_000: raise ValueError(f"per_shard={per_shard}; expected 1 to 10000")
     folder, source, paths = Path(folder), iter(pairs), []
     with run_lock(folder / ".shards.lock"), tqdm(desc="shards", unit="pair", disable=not progress) as bar:
         while batch := list(itertools.islice(source, per_shard)):
             path = folder / f"{len(paths):05d}.tar"
             remove_parts(path)
             described = [_describe(len(paths), place, caption, size) for place, (_, caption) in enumerate(batch)]
+            images = [image for image, _ in batch]
             if path.exists(): _check_described(path, described)
-            else: write_atomically(path, partial(_write_tar, described=described, images=[image for image, _ in batch], size=size))
+            else: write_atomically(path, partial(_write_tar, described=described, images=images, size=size))
             paths.append(path)
             bar.update(len(batch))
-    if other := sorted(set(folder.glob("*.tar")) - set(paths)): raise ValueError(f"{folder} holds other shards, such as {other[0].name}; give an empty folder")
+    if other := sorted(set(folder.glob("*.tar")) - set(paths)):
+        raise ValueError(f"{folder} holds other shards, such as {other[0].name}; give an empty folder")
     if not paths: raise ValueError("no pairs: expected at least one (image, caption)")
     return paths
 
@@ -109,26 +111,32 @@ PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00\x80", b"(\xb5/\xfd") 
 
 def _check_tar(url: str, data: bytes) -> None:
     "A ValueError unless these are the bytes of one whole, plain tar file."
-    if data[257:262] != b"ustar" or data.startswith(PACKED): raise ValueError(f"{url} is no plain tar file; expected an uncompressed shard as img2dataset writes it")
+    if data[257:262] != b"ustar" or data.startswith(PACKED):
+        raise ValueError(f"{url} is no plain tar file; expected an uncompressed shard as img2dataset writes it")
     end = 0
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
-                if member.issparse() or not 0 <= member.size <= len(data): raise ValueError(f"member {member.name!r} claims more than the file holds")
-                if ".__" in member.name: raise ValueError(f"member {member.name!r} has an ending that webdataset keeps for itself")
-                end = member.offset_data + (member.size + 511) // 512 * 512 if member.isreg() else member.offset_data
-    except (tarfile.TarError, ValueError) as error: raise ValueError(f"{url} is truncated or damaged ({error}); copy it again") from error
-    if len(data) - end < 1024 or data[end:].strip(b"\0"): raise ValueError(f"{url} is truncated or damaged behind byte {end}; copy it again")
+                name, end = repr(member.name), member.offset_data
+                if member.issparse() or not 0 <= member.size <= len(data):
+                    raise ValueError(f"{name} claims more than there is")
+                if ".__" in member.name: raise ValueError(f"{name} has an ending that webdataset keeps for itself")
+                if member.isreg(): end += (member.size + 511) // 512 * 512
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"{url} is truncated or damaged ({error}); copy it again") from error
+    if len(data) - end < 1024 or data[end:].strip(b"\0"):
+        raise ValueError(f"{url} is truncated or damaged behind byte {end}; copy it again")
 
 # %% ../../nbs/scale/01_shards.ipynb #c1c717bb
 def _read_bytes(url: str) -> bytes:
     "All bytes of a local or remote shard."
     from webdataset.gopen import gopen
-    if urlparse(url).scheme == "pipe" or url == "-": raise ValueError(f"{url!r} would run a command or read the terminal; give a file or a URL")
+    if urlparse(url).scheme == "pipe" or url == "-":
+        raise ValueError(f"{url!r} would run a command or read the terminal; give a file or a URL")
     try:
         with gopen(url) as stream: data = stream.read(MAX_SHARD_BYTES + 1)
     except (OSError, ValueError) as error: raise FileNotFoundError(f"cannot read shard {url}: {error}") from error
-    if len(data) > MAX_SHARD_BYTES: raise ValueError(f"{url} is larger than {MAX_SHARD_BYTES >> 30} GB; make smaller shards")
+    if len(data) > MAX_SHARD_BYTES: raise ValueError(f"{url} is larger than {MAX_SHARD_BYTES >> 30} GB")
     return data
 
 # %% ../../nbs/scale/01_shards.ipynb #f19bda5f
@@ -141,7 +149,8 @@ def _keys_of(names: list[str]) -> Callable[[str], tuple[str | None, str | None]]
     for name in names:
         key, _, ending = name.rpartition(".")
         endings.setdefault(key, set()).add(ending.lower())
-    whole = {k for k, e in endings.items() if e & {*PICTURES} and e & {*CAPTIONS} and not k.rpartition("/")[2].startswith(".")}
+    hidden = {k for k in endings if k.rpartition("/")[2].startswith(".")}
+    whole = {k for k, e in endings.items() if e & {*PICTURES} and e & {*CAPTIONS}} - hidden
     from webdataset.tariterators import base_plus_ext
     return lambda name: tuple(name.rsplit(".", 1)) if name.rpartition(".")[0] in whole else base_plus_ext(name)
 
@@ -157,7 +166,8 @@ def read_shard(
     try:
         files = [file | {"__url__": url} for file in tar_file_iterator(io.BytesIO(data))]
         samples = list(group_by_keys(files, _keys_of([file["fname"] for file in files])))
-    except (tarfile.TarError, ValueError) as error: raise ValueError(f"{url}: {error.args[0]}; make this shard again") from error
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"{url}: {error.args[0]}; make this shard again") from error
     key, count = Counter(s["__key__"] for s in samples).most_common(1)[0] if samples else ("", 0)
     if count > 1: raise ValueError(f"{url} holds the key {key!r} twice; make this shard again")
     return samples
@@ -186,7 +196,7 @@ def list_shards(
     urls = sorted(map(str, Path(where).glob("*.tar"))) if Path(where).is_dir() else expand_urls(str(where))
     names = [shard_name(u) for u in urls]
     if not urls: raise FileNotFoundError(f"no .tar file in {where}; make shards first")
-    if len(set(names)) < len(names): raise ValueError(f"two shards of {where} have the same name; sidecars are found by name, so rename one")
+    if len(set(names)) < len(names): raise ValueError(f"two shards of {where} have the same name; rename one")
     return urls
 
 # %% ../../nbs/scale/01_shards.ipynb #fe567dcf
@@ -198,14 +208,16 @@ def open_picture(
 ) -> Image.Image:
     "A picture whose header is read and whose size is harmless; raises ValueError."
     try: image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error: raise ValueError(f"no JPEG, PNG or WebP picture ({type(error).__name__})") from error
-    if image.width * image.height > MAX_PIXELS: raise ValueError(f"a picture of {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"no JPEG, PNG or WebP picture ({type(error).__name__})") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
     return image
 
 # %% ../../nbs/scale/01_shards.ipynb #fd4124e3
 def _dots_in(raw: dict) -> str:
     "Names of a sample that webdataset has cut at an early dot, such as v1.2.jpg: perhaps why something is missing."
-    dotted = [ending for ending in raw if ending.rpartition(".")[0] and ending.rpartition(".")[2] in PICTURES + CAPTIONS]
+    dotted = [ending for ending in raw if "." in ending and ending.rpartition(".")[2] in PICTURES + CAPTIONS]
     return f"; is there a dot in its name? what follows the first dot is the ending, here {dotted}" if dotted else ""
 
 
@@ -214,9 +226,10 @@ def _caption_of(raw: dict) -> str:
     try:
         text = raw["txt"].decode() if "txt" in raw else json.loads(raw.get("json", b"{}")).get("caption") or ""
         if isinstance(text, str): text.encode()  # json may hold half a surrogate
-    except (ValueError, AttributeError, RecursionError) as error: raise ValueError("the caption is no UTF-8 text, or the json no object") from error
-    if not isinstance(text, str) or not text.strip(): raise ValueError(f"the caption is empty or missing{_dots_in(raw)}")
-    return text.strip()
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError("the caption is no UTF-8 text, or the json no object") from error
+    if isinstance(text, str) and text.strip(): return text.strip()
+    raise ValueError("the caption is empty or missing" + _dots_in(raw))
 
 
 def _picture_of(raw: dict, whole: bool) -> bytes:
