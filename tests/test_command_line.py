@@ -170,7 +170,7 @@ def test_an_error_in_a_loader_process_is_told_apart_as_well():
         def __getitem__(self, i):
             from kklip_nb.data import read_image
             return int("x") if self.bug else read_image("no-such-file", 8)
-    found = [raised(lambda: list(DataLoader(Rows(bug), num_workers=1))) for bug in (False, True)]
+    found = [raised(lambda bug=bug: list(DataLoader(Rows(bug), num_workers=1))) for bug in (False, True)]
     assert [bool(message(error)) for error in found] == [True, False]
     assert message(found[0]) == "no image no-such-file"
 

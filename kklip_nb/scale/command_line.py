@@ -113,7 +113,7 @@ class Embed:
     recipe: Recipes = "laptop"  # where the settings below start from
     device: str | None = None  # cpu, cuda, cuda:1 …; cuda where there is one
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the teacher's weights; bfloat16 for 7 B on a GPU
-    tokens_per_batch: int = 1024  # memory against speed; 16384 on a GPU
+    tokens_per_batch: int = 512  # memory against speed; 16384 on a GPU
     max_skipped: float = 0.01  # share of a shard's samples that may be unusable
 
     def __call__(self, recipe: Any) -> None:
