@@ -5,7 +5,7 @@
 
 Each stage runs in a forked process that is killed with SIGKILL: at a random time, with half of a file written, or with
 the whole file written but not yet renamed. It is then started again, until all is made, and compared with a run that was
-never killed: sidecars, concepts and labels as files, the checkpoint's tensors, and the log but for its speeds.
+never killed: sidecars and concepts as files, the checkpoint's tensors, and the log but for its speeds.
 """
 
 import quiet  # first, so that Ctrl-C during the imports below prints no traceback
@@ -35,8 +35,12 @@ import numpy as np
 import torch
 
 from kklip_nb import teacher, training
-from kklip_nb.scale.distributed import World, open_data, shard_recipe, train_shards
-from kklip_nb.scale.shards import cluster_shards, embed_shards, list_shards, open_sidecars, run_lock, write_shards
+from kklip_nb.scale.clustering import cluster_shards
+from kklip_nb.scale.distributed import World
+from kklip_nb.scale.embeddings import embed_shards, open_sidecars
+from kklip_nb.scale.loader import open_data, shard_recipe
+from kklip_nb.scale.long_run import newest_checkpoint, train_shards
+from kklip_nb.scale.shards import list_shards, run_lock, write_shards
 from kklip_nb.training import LAPTOP
 
 torch.set_num_threads(1)
@@ -60,12 +64,12 @@ def embed(work: Path, shards: Path) -> None:
 
 def cluster(work: Path, shards: Path) -> None:
     sidecars = open_sidecars(work / "embeddings", list_shards(shards))
-    cluster_shards(sidecars, work / "labels", RECIPE.k, RECIPE.temperature, passes=8, save_every=0)
+    cluster_shards(sidecars, work / "concepts", RECIPE.k, passes=8, save_every=0)
 
 
 def train(work: Path, shards: Path) -> None:
-    data = open_data(list_shards(shards), work / "embeddings", work / "labels")
-    train_shards(RECIPE, data, work / "run", World(0, 1, torch.device("cpu")), streams=2, save_every=3)
+    data = open_data(list_shards(shards), work / "embeddings", work / "concepts")
+    train_shards(RECIPE, data, work / "run", World(0, 1, torch.device("cpu")), streams=2, save_every=3, workers=1)
 
 
 STAGES: dict[str, Callable[[Path, Path], None]] = dict(embed=embed, cluster=cluster, train=train)
@@ -128,7 +132,7 @@ def made(work: Path, *folders: str) -> list[Path]:
 
 def weights(work: Path) -> tuple[dict, bytes]:
     "All tensors of the checkpoint, by name and as bytes: weights, optimiser and random state."
-    raw = (work / "run" / "checkpoint.safetensors").read_bytes()
+    raw = newest_checkpoint(work / "run").read_bytes()
     size = 8 + int.from_bytes(raw[:8], "little")
     return {k: v for k, v in json.loads(raw[8:size]).items() if k != "__metadata__"}, raw[size:]
 
@@ -139,14 +143,14 @@ def log(work: Path) -> list[dict]:
 
 def differences(work: Path, reference: Path) -> list[str]:
     "What differs from the run that was never killed."
-    if made(work, "embeddings", "labels") != made(reference, "embeddings", "labels"): return ["other files were made"]
-    wrong = [f"{name} differs" for name in made(reference, "embeddings", "labels") if (work / name).read_bytes() != (reference / name).read_bytes()]
+    if made(work, "embeddings", "concepts") != made(reference, "embeddings", "concepts"): return ["other files were made"]
+    wrong = [f"{name} differs" for name in made(reference, "embeddings", "concepts") if (work / name).read_bytes() != (reference / name).read_bytes()]
     if weights(work) != weights(reference): wrong.append("the trained weights differ")
     if log(work) != log(reference): wrong.append("log.csv differs")
     wrong += [f"{f.relative_to(work)} was left behind" for f in work.rglob("*.part")]
     for lock in work.rglob("*.lock"):
         try:
-            with run_lock(lock): pass
+            with run_lock(lock, wait=10): pass  # a decoding worker of a killed run lives on for some seconds
         except RuntimeError as error: wrong.append(str(error))
     return wrong
 
@@ -170,7 +174,7 @@ def never_killed(work: Path, shards: Path) -> tuple[dict[str, float], dict[str, 
         run_stage(stage, work, shards)
         seconds[stage] = time.perf_counter() - started
     steps = len(log(work))
-    return seconds, dict(embed=SHARDS, cluster=8 * SHARDS + 1 + SHARDS, train=steps // 3)
+    return seconds, dict(embed=SHARDS, cluster=8 * SHARDS + 1, train=steps // 3)
 
 
 def kill_stage(stage: str, kinds: list[str], counts: Counter, chance: random.Random, work: Path, shards: Path, seconds: float, writes: int) -> None:
@@ -198,7 +202,7 @@ def main(kills: int, seed: int, where: Path) -> int:
         shutil.rmtree(work)
     print(f"{rounds} runs in {time.perf_counter() - started:.0f} s; not counted, for the stage had finished before the kill came: {counts['finished first']}")
     for names in (STAGES, KINDS): print("kills: " + ", ".join(f"{name} {counts[name]}" for name in names))
-    print(f"embeddings and labels equal byte for byte, weights bit for bit: {sum(counts[s] for s in STAGES)} kills")
+    print(f"embeddings and concepts equal byte for byte, weights bit for bit: {sum(counts[s] for s in STAGES)} kills")
     return 0
 
 
