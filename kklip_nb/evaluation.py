@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'hits_at_k', 'first_place', 'retrieval_recall', 'median_rank', 'class_features', 'zero_shot_hits',
-           'knn_hits', 'alignment', 'uniformity', 'bootstrap_interval', 'seed_interval', 'evaluate', 'chance_levels']
+           'knn_hits', 'alignment', 'uniformity', 'bootstrap_interval', 'seed_interval', 'item_scores', 'evaluate',
+           'chance_levels']
 
 # %% ../nbs/06_evaluation.ipynb #329c81e2
 import math
@@ -201,6 +202,28 @@ def seed_interval(
     values = _finite_numbers(values)
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
+# %% ../nbs/06_evaluation.ipynb #7b0c91e4
+def item_scores(
+    image_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
+    text_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
+    encode: Callable[[list[str]], Any],  # captions → text features, for the class names
+    classes: Sequence[str | None],  # n classes; a pair without one is left out of classification
+    train: np.ndarray,  # rows that the neighbours come from
+    test: np.ndarray,  # rows that are scored
+) -> dict[str, np.ndarray]:  # one number a test row; zero_shot, knn_image, knn_text: one a test row with a class
+    "Hits and ranks of one student on one part of the split, item by item, as an interval needs them."
+    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
+    similarities, right = _similarities(images[test], texts[test]), np.eye(len(test), dtype=bool)
+    ways = ("i2t", similarities), ("t2i", similarities.T)
+    items = {f"{way}_r{k}": hits_at_k(s, right, min(k, len(s))) for way, s in ways for k in (1, 5, 10)}
+    items |= {f"{way}_median_rank": first_place(s, right) for way, s in ways}
+    train, known = ([i for i in rows if classes[i] is not None] for rows in (train, test))
+    names, truth = sorted({c for c in classes if c is not None}), [classes[i] for i in known]
+    items["zero_shot"] = zero_shot_hits(images[known], class_features(encode, names), names, truth)
+    for kind, x in (("image", images), ("text", texts)):
+        items[f"knn_{kind}"] = knn_hits(x[train], [classes[i] for i in train], x[known], truth)
+    return items
+
 # %% ../nbs/06_evaluation.ipynb #76256895
 def evaluate(
     image_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
@@ -211,15 +234,10 @@ def evaluate(
     test: np.ndarray,  # rows that are scored
 ) -> dict[str, float]:
     "All metrics of one student on one part of the split."
-    images, texts = _unit_pairs(image_features, text_features)
-    scores = retrieval_recall(images[test], texts[test]) | median_rank(images[test], texts[test])
-    train, known = ([i for i in rows if classes[i] is not None] for rows in (train, test))
-    names, truth = sorted({c for c in classes if c is not None}), [classes[i] for i in known]
-    scores["zero_shot"] = zero_shot_hits(images[known], class_features(encode, names), names, truth).mean()
-    for kind, x in (("image", images), ("text", texts)):
-        scores[f"knn_{kind}"] = knn_hits(x[train], [classes[i] for i in train], x[known], truth).mean()
-        scores[f"uniformity_{kind}"] = uniformity(x[test])
-    scores["alignment"] = alignment(images[test], texts[test])
+    items = item_scores(image_features, text_features, encode, classes, train, test)
+    scores = {k: np.median(v) if k.endswith("median_rank") else v.mean() for k, v in items.items()}
+    images, texts = (x[test] for x in _unit_pairs(image_features, text_features))
+    scores |= dict(uniformity_image=uniformity(images), uniformity_text=uniformity(texts), alignment=alignment(images, texts))
     return {k: float(v) for k, v in scores.items()}
 
 # %% ../nbs/06_evaluation.ipynb #36d46725

@@ -172,13 +172,14 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(images, texts, chunk):
-        rows, columns, matched = [], images.new_full((len(images),), -math.inf), []
+        matched = (images * texts).sum(1)  # results are written into place: many small ones would fragment the memory
+        rows, columns = torch.empty_like(matched), torch.full_like(matched, -math.inf)
         for start in range(0, len(images), chunk):
-            z = images[start:start + chunk] @ texts.T
-            rows.append(z.logsumexp(1))
+            part = slice(start, start + chunk)
+            z = images[part] @ texts.T
+            rows[part], matched[part] = z.logsumexp(1), z.diagonal(start)
             columns = torch.logaddexp(columns, z.logsumexp(0))
-            matched.append(z.diagonal(start).clone())  # a view would keep all of z
-        return torch.cat(rows), columns, torch.cat(matched)
+        return rows, columns, matched
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -188,14 +189,16 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, to_rows, to_columns, to_matched):
         images, texts, rows, columns = ctx.saved_tensors
-        to_images, to_texts = [], to_matched[:, None] * images
-        for piece, row, to_row in zip(*(x.split(ctx.chunk) for x in (images, rows[:, None], to_rows[:, None]))):
-            with _no_autocast(piece):
-                z = piece @ texts.T
-                to_z = (z - row).exp() * to_row + (z - columns).exp() * to_columns
-                to_images.append(to_z @ texts)
-                to_texts = torch.addmm(to_texts, to_z.T, piece)
-        return torch.cat(to_images) + to_matched[:, None] * texts, to_texts, None
+        to_matched = (to_matched + 0 * rows)[:, None]  # under vmap these have a batch wherever the scores have one
+        to_images, to_texts = to_matched * texts, to_matched * images
+        for start in range(0, len(images), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            with _no_autocast(images):
+                z = images[part] @ texts.T
+                to_z = (z - rows[part, None]).exp() * to_rows[part, None] + (z - columns).exp() * to_columns
+                to_images[part] += to_z @ texts
+                to_texts += to_z.T @ images[part]
+        return to_images, to_texts, None
 
 # %% ../nbs/04_losses.ipynb #e8085e84
 def _loss_by_chunks(images: torch.Tensor, texts: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -11,10 +11,13 @@ __all__ = ['POOLINGS', 'Teacher', 'hidden_states', 'packaged_teacher', 'file_has
 import hashlib
 import json
 import os
-import shutil
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from .data import cache_dir, write_atomically
 
@@ -60,9 +64,13 @@ def file_hash(
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def packaged_source() -> str:  # the packaged teacher's `source`
-    "The packaged teacher's name and hash, known without loading it."
-    return f"smollm2 sha256:{file_hash(packaged_teacher())}"
+def _precision(dtype: torch.dtype) -> str: return "" if dtype == torch.float32 else f" {dtype}".replace("torch.", "")
+
+def packaged_source(
+    dtype: torch.dtype = torch.float32,  # as in load_teacher
+) -> str:  # the packaged teacher's `source`
+    "The packaged teacher's name, hash and precision, known without loading it."
+    return f"smollm2 sha256:{file_hash(packaged_teacher())}{_precision(dtype)}"
 
 # %% ../nbs/01_teacher.ipynb #5ae848ca
 def convert_gguf(
@@ -70,27 +78,17 @@ def convert_gguf(
     folder: Path,  # made whole or not at all
 ) -> None:
     "Unpack quantised weights once into a folder that transformers loads quickly."
-    from transformers import AutoModel, AutoTokenizer
-    model = _plain_llama(AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32))
+    from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel
+    loaded = AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    plain = LlamaModel(LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}))
+    plain.load_state_dict(loaded.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
-        os.replace(part, folder)
-    except OSError:
-        if not folder.exists(): raise  # else another program was faster, and its folder is as good
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-# %% ../nbs/01_teacher.ipynb #3cde76fe
-def _plain_llama(loaded: Any) -> Any:
-    "The same weights in a model that knows nothing of quantisation, so that it can be saved."
-    from transformers import LlamaConfig, LlamaModel
-    settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-    model = LlamaModel(LlamaConfig(**settings))
-    model.load_state_dict(loaded.state_dict())
-    return model
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
+        plain.save_pretrained(new := Path(part) / "new")
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
+        try: os.replace(new, folder)
+        except OSError:
+            if not folder.exists(): raise  # else another program was faster, and its folder is as good
 
 # %% ../nbs/01_teacher.ipynb #c514f4af
 def load_teacher(
@@ -100,15 +98,18 @@ def load_teacher(
 ) -> Teacher:
     "Load a frozen teacher; raises FileNotFoundError or PermissionError (gated) that say what to do."
     from transformers import AutoModel, AutoTokenizer
-    if name == "smollm2": folder, source = _unpacked_teacher()
-    else: folder, source = name, None
+    folder, source = _unpacked_teacher() if name == "smollm2" else (name, None)
+    place = None if str(device) == "cpu" else device  # a GPU is filled directly, with no copy of the model on the CPU
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval().requires_grad_(False)
+        model = AutoModel.from_pretrained(folder, dtype=dtype, device_map=place, trust_remote_code=False)
     except (OSError, ValueError) as error: raise _explain(name, error) from error
-    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+    model.eval().requires_grad_(False).config.use_cache = False  # it writes no text, so it keeps no keys and values
+    usable = [tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0)]
+    size = model.get_input_embeddings().num_embeddings
+    tokenizer.pad_token = next(t for t in usable if t is not None and tokenizer.convert_tokens_to_ids(t) < size)
     tokenizer.padding_side = "right"
-    return Teacher(model, tokenizer, source or _revision(model, name))
+    return Teacher(model, tokenizer, (source or _revision(model, name)) + _precision(dtype))
 
 # %% ../nbs/01_teacher.ipynb #04be85ac
 def _unpacked_teacher() -> tuple[Path, str]:
@@ -128,9 +129,7 @@ def _revision(model: Any, name: str | Path) -> str:
 # %% ../nbs/01_teacher.ipynb #06c1e1d8
 def _explain(name: str, error: Exception) -> Exception:
     "The error to raise when a teacher cannot be loaded, with what to do about it."
-    chain, cause = [], error
-    while cause is not None and cause not in chain: chain.append(cause); cause = cause.__cause__ or cause.__context__
-    if any(type(e).__name__ == "GatedRepoError" for e in chain) or "gated repo" in str(error):
+    if "GatedRepoError: " in "".join(traceback.format_exception(error)) or "gated repo" in str(error):
         return PermissionError(
             f"{name} is gated. 1. Accept its licence at https://huggingface.co/{name} . 2. Make a token with read access "
             "at https://huggingface.co/settings/tokens . 3. Run `hf auth login`, or set HF_TOKEN. "
@@ -153,8 +152,7 @@ def last_token_pool(
     mask: torch.Tensor,  # (n, t) 1 for tokens, 0 for padding, on either side
 ) -> torch.Tensor:  # (n, d)
     "Hidden state of the last token that is not padding, whichever side is padded."
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * positions).argmax(1)
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 # %% ../nbs/01_teacher.ipynb #a40e50fb
@@ -174,12 +172,68 @@ def length_batches(
         batch.append(row)
     if batch: yield batch
 
+# %% ../nbs/01_teacher.ipynb #5e1f0a04
+def _common_start(ids: list[list[int]]) -> int:
+    "How many tokens all texts begin with; each text keeps one token of its own at least."
+    low, high = min(ids), max(ids)  # in lexical order: what these two share, all share
+    longest = min(map(len, ids)) - 1
+    return next((t for t in range(longest) if low[t] != high[t]), longest)
+
+# %% ../nbs/01_teacher.ipynb #5e1f0a07
+_TESTED = {"gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3"}
+
+class _Reached(Exception): "Carries a hidden state out of a model that need not run on."
+
+def _layer_states(model: Any, layer: int, **inputs: Any) -> torch.Tensor:
+    "The hidden states (n, t, d) of one layer, 0 to L; in a tested family no block above it is run."
+    if model.config.model_type not in _TESTED: return model(**inputs, output_hidden_states=True).hidden_states[layer]
+    if layer == model.config.num_hidden_layers: return model(**inputs).last_hidden_state
+    def stop(block, args, kwargs): raise _Reached(args[0] if args else kwargs["hidden_states"])
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    hook = blocks[layer].register_forward_pre_hook(stop, with_kwargs=True)
+    try: model(**inputs)
+    except _Reached as reached: return reached.args[0]
+    finally: hook.remove()
+
+# %% ../nbs/01_teacher.ipynb #5e1f0a10
+def _batch_states(model: Any, layer: int, ids: list[list[int]], batches: Iterable) -> Iterator[tuple]:
+    "Rows, states (n, t, d), mask (n, t) of each batch, padded on the right; what all texts begin with is run once."
+    from transformers import DynamicCache
+    lent, count = {}, _common_start(ids) if layer and len(ids) > 1 and model.config.model_type in _TESTED else 0
+    if count:
+        name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+        whole = {name: DynamicCache(), "use_cache": True}
+        start = _layer_states(model, layer, input_ids=torch.tensor([ids[0][:count]], device=model.device), **whole)
+    for rows in batches:
+        tokens = pad_sequence([torch.tensor(ids[r]) for r in rows], batch_first=True).to(model.device)
+        mask = pad_sequence([torch.ones(len(ids[r])) for r in rows], batch_first=True).long().to(model.device)
+        if count:
+            lent = deepcopy(whole)
+            lent[name].batch_repeat_interleave(len(rows))
+        states = _layer_states(model, layer, input_ids=tokens[:, count:], attention_mask=mask, **lent)
+        yield rows, torch.cat([start.expand(len(rows), -1, -1), states], 1) if count else states, mask
+
 # %% ../nbs/01_teacher.ipynb #b31e179d
-def _check_how(captions: Sequence[str], pooling: str, prompt: str) -> None:
-    "Raise a ValueError where embed_captions could not do what it is asked."
-    if not len(captions): raise ValueError("no captions: expected at least one")
+def _check_how(captions: Iterable[str], pooling: str, prompt: str) -> list[str]:
+    "The captions as a list, or a ValueError that says what is wrong."
+    captions = [captions] if isinstance(captions, str) else list(captions)
+    if not captions: raise ValueError("no captions: expected at least one")
+    bad = [c for c in captions if not isinstance(c, str) or re.search("[\ud800-\udfff]", c)]
+    if bad: raise ValueError(f"{len(bad)} captions are no text that can be encoded, such as {bad[0]!r}; drop or repair them")
     if pooling not in POOLINGS: raise ValueError(f"pooling={pooling!r}; expected one of {sorted(POOLINGS)}")
     if "{}" not in prompt: raise ValueError(f"prompt={prompt!r} has no place for the caption; put {{}} in it")
+    return captions
+
+def _token_ids(teacher: Teacher, texts: list[str]) -> list[list[int]]:
+    "The tokens of each text, or a ValueError that names a text that is empty or too long for a table of positions."
+    config, ids = teacher.model.config, teacher.tokenizer(texts)["input_ids"]
+    sizes, limit = [len(i) for i in ids], getattr(config, "max_position_embeddings", None)
+    longest = max(sizes)
+    if 0 in sizes: raise ValueError(f"the text {texts[sizes.index(0)]!r} has no tokens; drop empty captions")
+    if limit is None or hasattr(config, "rope_parameters") or hasattr(config, "rope_theta"): return ids  # no table
+    if longest <= (limit := min(limit, teacher.tokenizer.model_max_length)): return ids
+    raise ValueError(f"the text {texts[sizes.index(longest)][:200]!r} has {longest} tokens, but the teacher has {limit} "
+                     "positions; shorten the caption, or take another teacher")
 
 # %% ../nbs/01_teacher.ipynb #8f8c9643
 def embed_captions(
@@ -193,19 +247,16 @@ def embed_captions(
 ) -> np.ndarray:  # (n, d) float32
     "One vector a caption from a frozen teacher. The paper does not say how Llama 2's states are pooled."
     from tqdm.auto import tqdm
-    _check_how(captions, pooling, prompt)
-    texts = list(dict.fromkeys(prompt.replace("{}", c) for c in captions))
-    lengths = [len(ids) for ids in teacher.tokenizer(texts)["input_ids"]]
-    if 0 in lengths: raise ValueError(f"the text {texts[lengths.index(0)]!r} has no tokens; drop empty captions")
-    vectors: dict[str, np.ndarray] = {}
-    with tqdm(total=len(texts), desc="teacher", unit="caption", disable=not progress) as bar:
-        for rows in length_batches(lengths, tokens_per_batch):
-            states, mask = hidden_states(teacher, [texts[r] for r in rows])
-            if not -len(states) <= layer < len(states): raise ValueError(f"layer={layer}, but the teacher has layers 0 to {len(states) - 1}")
-            pooled = POOLINGS[pooling](states[layer], mask).float().cpu().numpy()
-            vectors.update(zip((texts[r] for r in rows), pooled))
+    prompted = [prompt.replace("{}", c) for c in _check_how(captions, pooling, prompt)]
+    texts, last = list(dict.fromkeys(prompted)), teacher.model.config.num_hidden_layers
+    if not -last - 1 <= layer <= last: raise ValueError(f"layer={layer}, but the teacher has layers 0 to {last}")
+    ids, layer, vectors = _token_ids(teacher, texts), layer % (last + 1), {}
+    with torch.inference_mode(), tqdm(total=len(texts), desc="teacher", unit="caption", disable=not progress) as bar:
+        batches = length_batches([len(i) for i in ids], tokens_per_batch)
+        for rows, states, mask in _batch_states(teacher.model, layer, ids, batches):
+            vectors.update(zip((texts[r] for r in rows), POOLINGS[pooling](states, mask).float().cpu().numpy()))
             bar.update(len(rows))
-    return np.stack([vectors[prompt.replace("{}", c)] for c in captions])
+    return np.stack([vectors[text] for text in prompted])
 
 # %% ../nbs/01_teacher.ipynb #77aaf3c9
 def captions_hash(
@@ -286,23 +337,17 @@ def cached_embeddings(
 ) -> np.ndarray:  # (n, d) float32
     "embed_captions with a memory: chunks are kept in the cache folder, so that it resumes where it was stopped."
     from tqdm.auto import tqdm
-    _check_how(captions, pooling, prompt)
-    how = dict(teacher=source, pooling=pooling, layer=layer, prompt=prompt)
-    parts, teacher = [], None
-    for start in tqdm(range(0, len(captions), chunk), desc=f"teacher, {chunk} captions a step", disable=not progress):
-        some = list(captions[start:start + chunk])
-        path = _chunk_path(some, how)
+    captions = _check_how(captions, pooling, prompt)
+    how, found, teacher = dict(teacher=source, pooling=pooling, layer=layer, prompt=prompt), [], None
+    for row in tqdm(range(0, len(captions), chunk), desc=f"teacher, {chunk} captions a step", disable=not progress):
+        batch = captions[row:row + chunk]  # another caption, teacher, pooling, layer or prompt gives another file
+        name = captions_hash([*batch, json.dumps(how, sort_keys=True)])[:24] + ".safetensors"
+        path = cache_dir() / "embeddings" / name
         if not path.exists():
             teacher = teacher or get_teacher()
-            save_embeddings(path, embed_captions(teacher, some, pooling, layer, prompt), some, **how)
-        parts.append(load_embeddings(path, some, **how))
-    return np.concatenate(parts)
-
-# %% ../nbs/01_teacher.ipynb #7e27182a
-def _chunk_path(captions: list[str], how: dict) -> Path:
-    "Where a chunk lies: another caption, teacher, pooling, layer or prompt gives another file."
-    key = captions_hash([*captions, json.dumps(how, sort_keys=True)])[:24]
-    return cache_dir() / "embeddings" / f"{key}.safetensors"
+            save_embeddings(path, embed_captions(teacher, batch, pooling, layer, prompt), batch, **how)
+        found.append(load_embeddings(path, batch, **how))
+    return np.concatenate(found)
 
 # %% ../nbs/01_teacher.ipynb #8d71d17b
 def input_embeddings(

@@ -41,6 +41,15 @@ def _possible(value: Any, at_least: float = -math.inf, above: float = -math.inf,
     if isinstance(value, str): return holding in value and (not one_of or value in one_of)
     return value is None or (at_least <= value < math.inf and value > above)
 
+
+def _check_settings(recipe: Any) -> None:
+    for f in dataclasses.fields(recipe):
+        value, allowed = getattr(recipe, f.name), f.metadata["allowed"]
+        kind = f.type | int if f.type is float else f.type
+        if not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool) and _possible(value, **allowed)):
+            expected = "".join(f", {how.replace('_', ' ')} {limit}" for how, limit in allowed.items())
+            raise ValueError(f"{f.name}={value!r}; expected {getattr(f.type, '__name__', f.type)}{expected}")
+
 # %% ../nbs/05_training.ipynb #ed1007e1
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -54,10 +63,9 @@ class Recipe:
     layer: int = _setting(29, "not said", "chosen on validation: the teacher notebook")
     prompt: str = _setting('This image shows: "{}" in one word: "', "not said", "chosen like the layer", holding="{}")
     k: int = _setting(48, "not said", "see the concepts notebook; 16 and 144 were no better on validation", at_least=1)
-    normalise: str = _setting("unit", "not said", "'raw', in the ablation, is mostly the mean", one_of=("unit", "raw"))
+    normalise: str = _setting("unit", "not said", "else the mean rules; 'raw' is an ablation", one_of=("unit", "raw"))
     projection: str = _setting("linear", "not said", "the simplest; 'mlp' is in the ablation", one_of=("linear", "mlp"))
-    concept_on: str = _setting("both", "not said", "a classifier for each tower; the rest is in the ablation",
-                               one_of=("both", "image", "text", "concat"))
+    concept_on: str = _setting("both", "not said", "so each tower learns", one_of=("both", "image", "text", "concat"))
     temperature: float = _setting(0.1, "not said", "not hard, not uniform; 0.03 and 0.3 were no better", above=0)
     alpha: float = _setting(2.0, "1", "weight of distillation; 0, 1 and 4 were no better on validation", at_least=0)
     beta: float = _setting(1.0, "0.01", "weight of concept learning; 0, 0.3 and 3 were no better", at_least=0)
@@ -71,15 +79,7 @@ class Recipe:
     weight_decay: float = _setting(0.1, "not said", "a usual value; not on biases, norms and logit_scale", at_least=0)
     warmup: int = _setting(20, "not said", "steps; AdamW knows little about the gradients at first", at_least=0)
     seed: int = _setting(0, "not said", "of weights, concepts, order of the pairs and draw of the words", at_least=0)
-
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            kind = f.type | int if f.type is float else f.type
-            right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-            if not (right and _possible(value, **allowed)):
-                expected = "".join(f", {how.replace('_', ' ')} {limit}" for how, limit in allowed.items())
-                raise ValueError(f"{f.name}={value!r}; expected {getattr(f.type, '__name__', f.type)}{expected}")
+    __post_init__ = _check_settings
 
 # %% ../nbs/05_training.ipynb #311f0e36
 LAPTOP = Recipe()
@@ -179,7 +179,7 @@ def prepare_inputs(
     trunk = getattr(student.clip.visual, "trunk", None)
     frozen = trunk is not None and not any(p.requires_grad for p in trunk.parameters())
     images = cached_trunk_features(student, pairs.images, progress) if frozen else prepare_images(student, pairs.images)
-    return Inputs(pairs.captions, images.cpu(), tokenize(student, pairs.captions), targets, labels)
+    return Inputs(pairs.captions, images, tokenize(student, pairs.captions), targets, labels)
 
 # %% ../nbs/05_training.ipynb #a7fe46e9
 def compute_losses(
@@ -344,16 +344,17 @@ def load_checkpoint(
 
 # %% ../nbs/05_training.ipynb #bd0814de
 def train(
-    student: Student,  # trained on the device where it is
+    student: Student,
     inputs: Inputs,  # the training pairs
     recipe: Recipe,
     words: Texts | None = None,  # captions without images
     checkpoint: str | Path | None = None,  # a .safetensors file, written after each epoch and resumed from
     progress: bool = False,  # show a bar
+    device: torch.device | str | None = None,  # where to train; None: where the student is
 ) -> list[dict]:  # one dict a step: epoch, lr, total, distillation, concept, contrastive, gradient_norm
     "The whole loop; raises ValueError in a step that is not finite: the checkpoint is that of the epoch before."
     from tqdm.auto import tqdm
-    optimizer = make_optimizer(student.train(), recipe.lr, recipe.weight_decay)
+    optimizer = make_optimizer(student.to(device).train(), recipe.lr, recipe.weight_decay)
     done, history = 0, []
     if checkpoint and Path(checkpoint).exists(): done, history = load_checkpoint(checkpoint, student, optimizer, recipe)
     steps = sum(1 for epoch in range(recipe.epochs) for _ in _epoch_rows(inputs.captions, recipe, epoch))
@@ -422,5 +423,5 @@ def run_recipe(
     words = Texts(tokenize(student, material.words), torch.from_numpy(word_targets))
     checkpoint = folder and checkpoint_path(folder, recipe, material, train_rows)
     history = train(student, batch_of(inputs, train_rows), recipe, words, checkpoint, progress)
-    image_features, text_features = (x.cpu() for x in encode_all(student, inputs.images, inputs.tokens))
+    image_features, text_features = encode_all(student, inputs.images, inputs.tokens)
     return Run(student, history, image_features, text_features, concepts)

@@ -8,6 +8,8 @@ __all__ = ['umap_project', 'plot_images', 'concept_style', 'plot_concepts', 'con
 
 # %% ../nbs/07_visualization.ipynb #23ebf355
 import re
+import textwrap
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -19,17 +21,27 @@ from matplotlib.axes import Axes
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from scipy.optimize import linear_sum_assignment
 
+# %% ../nbs/07_visualization.ipynb #5e1f0b02
+def _array(values: Any) -> np.ndarray:
+    "A numpy array of an array, a list, or a tensor on any device, in any precision, with or without gradient."
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        if str(values.dtype) == "torch.bfloat16": values = values.float()
+    return np.asarray(values)
+
 # %% ../nbs/07_visualization.ipynb #7b113b8f
 def umap_project(
-    features: np.ndarray,  # (n, d)
+    features: Any,  # (n, d) array, tensor or list
     seed: int = 0,  # UMAP is random: the same seed gives the same picture
     neighbours: int = 15,  # how much of the surroundings each point sees, itself included; less than n
 ) -> np.ndarray:  # (n, 2)
-    "A map of the features' neighbourhoods in the plane; distances in it mean little."
-    features = np.asarray(features)
-    if len(features) <= neighbours:
+    "A map of the features' neighbourhoods in the plane; distances in it mean little. Raises a ValueError for too few points."
+    features = _array(features).astype(np.float32)
+    if features.ndim != 2 or not np.isfinite(features).all():
+        raise ValueError(f"features of shape {features.shape}, NaN or infinite in {(~np.isfinite(features)).sum()} places; expected finite (n, d)")
+    if len(features) <= max(neighbours, 3):
         raise ValueError(f"{len(features)} points with neighbours={neighbours}: everybody would be everybody's neighbour; "
-                         "give more points or fewer neighbours")
+                         "give more points (four at least) or fewer neighbours")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value")
         from umap import UMAP
@@ -37,19 +49,22 @@ def umap_project(
 
 # %% ../nbs/07_visualization.ipynb #2dd76fc0
 def plot_images(
-    points: np.ndarray,  # (n, 2)
-    images: np.ndarray,  # (n, size, size, 3) uint8; a fourth channel is transparency
+    points: Any,  # (n, 2) array, tensor or list
+    images: Any,  # (n, size, size, 3) uint8; a fourth channel is transparency
     ax: Axes | None = None,  # where to draw
     zoom: float = 0.15,  # size of a picture
     title: str = "",  # what to see
 ) -> Axes:
     "The pictures themselves as markers."
-    ax = ax or plt.gca()
-    for point, image in zip(points, images, strict=True):
+    ax, points = ax or plt.gca(), _array(points).reshape(-1, 2)
+    for point, image in zip(points, _array(images), strict=True):
         ax.add_artist(AnnotationBbox(OffsetImage(image, zoom=zoom, resample=True), point, frameon=False))
-    low, high = points.min(0), points.max(0)
-    pad = 0.1 * (high - low)
-    ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]), xticks=[], yticks=[], title=title)
+    if len(points):
+        low, high = points.min(0), points.max(0)
+        pad = np.where(high > low, 0.1 * (high - low), 1)  # of one point, or many in one line, the axis would have no length
+        ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, parse_math=False)
     return ax
 
 # %% ../nbs/07_visualization.ipynb #d1153fcb
@@ -64,7 +79,7 @@ def concept_style(
 
 # %% ../nbs/07_visualization.ipynb #cee3f315
 def plot_concepts(
-    points: np.ndarray,  # (n, 2)
+    points: Any,  # (n, 2) array, tensor or list
     labels: Sequence[int],  # n concept ids
     names: dict[int, str],  # concept id → name
     show: Sequence[int],  # concepts to colour; the rest is grey
@@ -72,36 +87,51 @@ def plot_concepts(
     title: str = "",  # what to see
 ) -> Axes:
     "Concepts as coloured markers over a grey crowd."
-    ax = ax or plt.gca()
-    labels = np.asarray(labels)
+    ax, points, labels, show = ax or plt.gca(), _array(points), _array(labels), [int(c) for c in show]
     rest = ~np.isin(labels, show)
     ax.scatter(*points[rest].T, s=4, c="#bbbbbb", linewidths=0)
     for concept in show:
-        mine = labels == concept
-        ax.scatter(*points[mine].T, s=22, label=names[concept], edgecolors="black", linewidths=0.3, **concept_style(concept))
-    ax.set(xticks=[], yticks=[], title=title)
+        name = names[concept].replace("$", r"\$")  # in a legend "$" would begin a formula
+        ax.scatter(*points[labels == concept].T, s=22, label=name, edgecolors="black", linewidths=0.3, **concept_style(concept))
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, parse_math=False)
     return ax
 
 # %% ../nbs/07_visualization.ipynb #bf9573de
+_UNSPACED = re.compile("[\u3040-\u309f\u3400-\u9fff]+")  # hiragana and Han: no spaces between words
+
+
+def _words(caption: str) -> set[str]:
+    "The words of at least three letters, in any script; where words have no spaces between them, pairs of characters."
+    text = unicodedata.normalize("NFC", caption).lower()
+    text = "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text)  # letters and the marks on them
+    pairs = {run[i:i + 2] for run in _UNSPACED.findall(text) for i in range(max(1, len(run) - 1))}
+    return pairs | {w for w in _UNSPACED.sub(" ", text).split() if len(unicodedata.normalize("NFD", w)) > 2}
+
+
 def concept_names(
     captions: Sequence[str],  # n captions
     labels: Sequence[int],  # n concept ids
     words: int = 2,  # words a name
-) -> dict[int, str]:  # concept id → name
+) -> dict[int, str]:  # concept id → name, never empty: without words a caption, without captions "concept 7"
     "Name each concept by the words that are frequent in it and rare elsewhere (tf-idf over concepts)."
     if len(captions) != len(labels): raise ValueError(f"{len(captions)} captions with {len(labels)} labels; expected one label a caption")
-    bags = {c: Counter() for c in sorted({int(c) for c in labels})}
-    for caption, c in zip(captions, labels): bags[int(c)].update(set(re.findall(r"[a-z]{3,}", caption.lower())))
+    bags, whole = ({c: Counter() for c in sorted({int(c) for c in labels})} for _ in range(2))
+    for caption, c in zip(captions, labels):
+        bags[int(c)].update(_words(caption))
+        whole[int(c)][" ".join(caption.split())] += 1
     spread = Counter(word for bag in bags.values() for word in bag)
-    def score(item): return (item[1] * np.log(1 + len(bags) / spread[item[0]]), item[0])
-    return {c: " ".join(w for w, _ in sorted(bag.items(), key=score, reverse=True)[:words]) for c, bag in bags.items()}
+    def name(c):
+        best = sorted(bags[c], key=lambda w: (bags[c][w] * np.log(1 + len(bags) / spread[w]), w), reverse=True)
+        return " ".join(best[:words]) or max(whole[c], key=lambda text: (whole[c][text], text)) or f"concept {c}"
+    return {c: name(c) for c in bags}
 
 # %% ../nbs/07_visualization.ipynb #db36dd1c
 def distinct_concepts(
     labels: Sequence[int],  # n concept ids
 ) -> list[int]:  # at most eight concept ids, the largest first
     "Concepts that share neither colour nor marker; among all such choices the one that holds most rows."
-    sizes, at = np.bincount(np.asarray(labels)), {}
+    sizes, at = np.bincount(_array(labels).astype(int)), {}
     for concept in np.argsort(sizes, kind="stable"):  # of those with the same look the largest comes last, and stays
         look = concept_style(int(concept))
         at[_COLOURS.index(look["color"]), _MARKERS.index(look["marker"])] = int(concept)
@@ -111,35 +141,43 @@ def distinct_concepts(
     return sorted(chosen, key=lambda c: -sizes[c])
 
 # %% ../nbs/07_visualization.ipynb #976a3f4e
+def _short(text: str, most: int) -> str: return text if len(text) <= most else text[:most - 1] + "…"
+
+
 def image_grid(
-    images: np.ndarray,  # (n, size, size, 3) uint8
-    titles: Sequence[str],  # n titles; may be empty strings
+    images: Any,  # (n, size, size, 3) uint8
+    titles: Sequence[str],  # n titles; may be empty strings; cut after 100 characters
     columns: int = 6,  # pictures a row
     title: str = "",  # what to see
 ) -> plt.Figure:
     "Pictures in rows, each with its caption."
-    rows = -(-len(images) // columns)
+    if len(images) != len(titles): raise ValueError(f"{len(images)} images with {len(titles)} titles; expected one title a picture")
+    rows = max(1, -(-len(images) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.75 * rows), squeeze=False)
     for ax in axes.flat: ax.axis("off")
-    for ax, image, text in zip(axes.flat, images, titles):
+    for ax, image, text in zip(axes.flat, _array(images), titles):
         ax.imshow(image)
-        ax.set_title(text, fontsize=7, wrap=True)
-    figure.suptitle(title, fontsize=10)
+        folded = "\n".join(textwrap.fill(line, 26) for line in _short(text, 100).splitlines())  # as wide as the picture
+        ax.set_title(folded, fontsize=7, parse_math=False)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.tight_layout()
     return figure
 
 # %% ../nbs/07_visualization.ipynb #79038d90
 def plot_similarities(
-    similarities: np.ndarray,  # (n, m) cosines of images with captions
-    captions: Sequence[str],  # m captions
+    similarities: Any,  # (n, m) cosines of images with captions
+    captions: Sequence[str],  # m captions; cut after 60 characters
     ax: Axes | None = None,  # where to draw
     title: str = "",  # what to see
 ) -> Axes:
     "A similarity matrix: bright on the diagonal where each image finds its caption."
-    ax = ax or plt.gca()
+    ax, similarities = ax or plt.gca(), _array(similarities)
+    if similarities.ndim != 2 or not 0 < similarities.shape[1] == len(captions):
+        raise ValueError(f"similarities of shape {similarities.shape} with {len(captions)} captions; expected (images, captions)")
     drawn = ax.imshow(similarities, cmap="viridis")
-    ax.set_xticks(range(len(captions)), captions, rotation=60, ha="right", fontsize=7)
-    ax.set_yticks([])
-    ax.set(xlabel="captions", ylabel="images", title=title)
+    labels = [_short(caption, 60) for caption in captions]
+    ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7, parse_math=False)
+    ax.set(yticks=[], xlabel="captions", ylabel="images")
+    ax.set_title(title, parse_math=False)
     ax.figure.colorbar(drawn, ax=ax, label="cosine", shrink=0.7)
     return ax

@@ -3,7 +3,9 @@
     python scripts/demo.py [--out outputs]     # a second run finds its caches
 """
 
-import quiet  # first, so that Ctrl-C during the imports below prints no traceback
+import signal
+
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
 import dataclasses
 import sys
@@ -17,17 +19,20 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from pipeline import load_material
-from runs import PLAIN, ROOT, SHOWN, write_rows
 
 from kklip_nb.concepts import soft_labels
-from kklip_nb.data import cache_dir, six_rows, split_by_base
-from kklip_nb.evaluation import (bootstrap_interval, chance_levels, class_features, first_place, hits_at_k, knn_hits, zero_shot_hits)
-from kklip_nb.student import tokenize
+from kklip_nb.data import six_rows, split_by_base
+from kklip_nb.evaluation import bootstrap_interval, chance_levels, item_scores
+from kklip_nb.evidence.comparison import PLAIN, SHOWN
+from kklip_nb.evidence.runner import load_material
+from kklip_nb.evidence.study import markdown_table, points, write_rows
+from kklip_nb.evidence.text_probe import student_encoder
 from kklip_nb.teacher import standardise
+from kklip_nb.tools import cache_dir
 from kklip_nb.training import LAPTOP, Material, Recipe, Run, checkpoint_path, run_recipe
 from kklip_nb.visualization import concept_names, distinct_concepts, plot_concepts, plot_images, plot_similarities, umap_project
 
+ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / (sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "outputs")
 RECIPES = {"CLIP": dataclasses.replace(LAPTOP, **PLAIN), "KKLIP": LAPTOP}
 CREDIT = "Pictures: OpenMoji, CC BY-SA 4.0"
@@ -56,25 +61,13 @@ def median_interval(places: np.ndarray, bases: list[str]) -> np.ndarray:
 
 def scores(run: Run, material: Material, split) -> dict[str, tuple[float, float, float]]:
     "Every metric on the test rows as (value, low, high): 95 % intervals that resample base concepts."
-    images, texts = (f.numpy() / np.linalg.norm(f.numpy(), axis=1, keepdims=True) for f in (run.image_features, run.text_features))
-    test, classes = split.test, material.pairs.subcategories
-    bases = [material.pairs.bases[i] for i in test]
-    similarity, right = np.round(images[test].astype(float) @ texts[test].T.astype(float), 10), np.eye(len(test), dtype=bool)
-    result = {}
-    for way, matrix in (("i2t", similarity), ("t2i", similarity.T)):
-        for k in (1, 5):
-            hits = hits_at_k(matrix, right, k)
-            result[f"{way}_r{k}"] = (hits.mean(), *bootstrap_interval(hits, bases))
-    places = first_place(similarity, right)
-    result["i2t_median_rank"] = (np.median(places), *median_interval(places, bases))
-    train_rows, known = ([i for i in rows if classes[i]] for rows in (split.train, test))
-    truth, groups, names = [classes[i] for i in known], [material.pairs.bases[i] for i in known], sorted({c for c in classes if c})
-    def encode(captions):
-        with torch.inference_mode(): return run.student.encode_text(tokenize(run.student, captions))
-    hits = {"zero_shot": zero_shot_hits(images[known], class_features(encode, names), names, truth)}
-    for kind, x in (("image", images), ("text", texts)):
-        hits[f"knn_{kind}"] = knn_hits(x[train_rows], [classes[i] for i in train_rows], x[known], truth)
-    return result | {k: (v.mean(), *bootstrap_interval(v, groups)) for k, v in hits.items()}
+    pairs, result = material.pairs, {}
+    items = item_scores(run.image_features, run.text_features, student_encoder(run.student), pairs.subcategories, split.train, split.test)
+    for metric in SHOWN:
+        values, rows = items[metric], [i for i in split.test if len(items[metric]) == len(split.test) or pairs.subcategories[i]]
+        bases, is_rank = [pairs.bases[i] for i in rows], points(metric) == 1
+        result[metric] = (np.median(values), *median_interval(values, bases)) if is_rank else (values.mean(), *bootstrap_interval(values, bases))
+    return result
 
 
 def report(table: dict[str, dict], chance: dict[str, float], n_test: int) -> str:
@@ -82,13 +75,9 @@ def report(table: dict[str, dict], chance: dict[str, float], n_test: int) -> str
     rows = [dict(student=name, metric=m, value=f"{v:.4f}", low=f"{low:.4f}", high=f"{high:.4f}", chance=chance.get(m, ""))
             for name, metrics in table.items() for m, (v, low, high) in metrics.items()]
     write_rows(OUT / "comparison.csv", rows)
-    def cell(metric, value, low, high):
-        return "{:.1f} ({:.1f}–{:.1f})".format(*(x if "rank" in metric else 100 * x for x in (value, low, high)))
-    lines = [f"One seed, {n_test} held-out pairs; in %, with 95 % intervals that resample base concepts.", "",
-             "| | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cell(m, *metrics[m]) for m in SHOWN) + " |" for name, metrics in table.items()]
-    guess = [f"{chance[m]:.1f}" if "rank" in m else f"{100 * chance[m]:.1f}" if m in chance else "–" for m in SHOWN]
-    text = "\n".join([*lines, "| *guessing* | " + " | ".join(guess) + " |"]) + "\n"
+    cells = [[name, *("{:.1f} ({:.1f}–{:.1f})".format(*(points(m) * v for v in metrics[m])) for m in SHOWN)] for name, metrics in table.items()]
+    guess = ["*guessing*", *(f"{points(m) * chance[m]:.1f}" for m in SHOWN)]
+    text = f"One seed, {n_test} held-out pairs; in %, with 95 % intervals that resample base concepts.\n\n" + markdown_table(["", *SHOWN.values()], [*cells, guess])
     (OUT / "comparison.md").write_text(text, encoding="utf-8")
     return text
 
@@ -109,7 +98,7 @@ def draw(runs: dict[str, Run], material: Material, split) -> list[Path]:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     spaces = {"teacher": targets[test]} | {name: run.text_features[test].numpy() for name, run in runs.items()}
     maps = {name: umap_project(x) for name, x in spaces.items()}
-    for ax, (name, points) in zip(axes, maps.items()): plot_concepts(points, labels, names, shown, ax, f"{name}: held-out captions")
+    for ax, (name, places) in zip(axes, maps.items()): plot_concepts(places, labels, names, shown, ax, f"{name}: held-out captions")
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=8)
     figure.savefig(paths[1], dpi=100); plt.close(figure)
     figure, ax = plt.subplots(figsize=(8, 7), layout="constrained")
@@ -152,6 +141,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     STARTED = time.perf_counter()
-    quiet.listen()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try: sys.exit(main())
     except KeyboardInterrupt: sys.exit("\ninterrupted; nothing is broken: the same command goes on from the caches")

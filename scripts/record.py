@@ -5,8 +5,7 @@
 
 from pathlib import Path
 
-from pipeline import load_material, save_word_table
-
+from kklip_nb.evidence.runner import load_material, save_word_table
 from kklip_nb.teacher import cached_embeddings, load_teacher, packaged_source, save_embeddings
 from kklip_nb.training import LAPTOP
 

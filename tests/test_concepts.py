@@ -13,7 +13,7 @@ from scipy.stats import entropy
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from kklip_nb.concepts import fit_concepts, label_entropy, score_concepts, soft_labels
+from kklip_nb.concepts import concept_labels, fit_concepts, label_entropy, score_concepts, soft_labels
 
 NAN, INF = float("nan"), float("inf")
 
@@ -207,6 +207,84 @@ def test_soft_labels_refuse_what_does_not_match(x, c, said):
         soft_labels(x, c, 1.0)
     for word in said:
         assert word in str(error.value)
+
+
+# ---- concept_labels
+
+
+def targets_of(n, k, d, how, rng):
+    "Targets as apply_scale makes them of anisotropic vectors, and centroids that are means of some."
+    raw = rng.normal(size=(n, d)) + 5 * rng.normal(size=d)
+    x = raw - raw.mean(0) if how == "unit" else raw
+    x = x / np.linalg.norm(x, axis=1, keepdims=True) if how == "unit" else x / np.sqrt(np.square(x).sum(1).mean())
+    c = x[rng.integers(0, n, (k, 3))].mean(1)
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(c, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("how", ["unit", "raw"])
+@pytest.mark.parametrize("k, d", [(1, 8), (48, 576), (1000, 64), (1000, 4096)])
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+def test_labels_of_the_step_are_the_soft_labels(how, k, d, temperature, rng):
+    x, c = targets_of(40, k, d, how, rng)
+    expected = soft_labels(x.double(), c.double(), temperature)
+    with torch.autocast("cpu", torch.bfloat16): labels = concept_labels(x, c, temperature)
+    assert labels.dtype == torch.float32 and labels.shape == (40, k)
+    torch.testing.assert_close(labels.double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(concept_labels(x, c.double(), temperature), labels, atol=0, rtol=0)  # converted once, or each time
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_labels_of_the_step_from_any_precision(dtype, rng):
+    x, c = (t.to(dtype) for t in targets_of(20, 7, 32, "unit", rng))
+    labels = concept_labels(x, c, 0.1)
+    assert labels.dtype == torch.float32
+    torch.testing.assert_close(labels.double(), soft_labels(x.double(), c.double(), 0.1), atol=1e-6, rtol=0)
+
+
+def test_labels_of_the_step_read_nothing_on_the_host(rng):
+    meta = concept_labels(torch.empty(5, 3, device="meta"), torch.empty(4, 3, device="meta"), 0.1)
+    assert meta.shape == (5, 4) and meta.dtype == torch.float32
+
+
+def test_labels_of_the_step_far_from_the_origin_and_very_cold(rng):
+    x, c = 1e4 * torch.randn(6, 3), 1e4 * torch.randn(4, 3)
+    labels = concept_labels(x, c, 1e-6)
+    assert labels.isfinite().all()
+    torch.testing.assert_close(labels, torch.eye(4)[torch.cdist(x, c).argmin(1)])
+
+
+# ---- lists and tensors
+
+
+@pytest.mark.parametrize("convert", [lambda x: x.tolist(), lambda x: torch.tensor(x).bfloat16(), lambda x: torch.tensor(x, requires_grad=True), lambda x: torch.tensor(x).half()])
+def test_lists_and_tensors_of_any_kind_are_read(convert):
+    points, truth = blobs()
+    assert adjusted_rand_score(truth, fit_concepts(convert(points), 4).labels) == 1
+    scores = score_concepts(convert(points), 4, [f"class {t}" for t in truth], seeds=(0, 1))
+    assert scores["nmi"] == pytest.approx(1) and scores["stability"] == 1
+    labels = soft_labels(convert(points), convert(points[::10]), 1.0)
+    np.testing.assert_array_equal(np.asarray(torch.as_tensor(labels).float()).argmax(1), truth)
+    assert np.isfinite(label_entropy(convert(softmax(points, axis=1)))).all()
+
+
+def test_lists_give_arrays_and_ragged_or_empty_ones_an_error():
+    labels = soft_labels([[1.0, 2.0]], [[0.0, 0.0], [1.0, 2.0]], 0.1)
+    assert isinstance(labels, np.ndarray) and labels.dtype == np.float64
+    np.testing.assert_allclose(labels, softmax([[-50.0, 0.0]], axis=1))
+    for wrong in ([[1.0], [1.0, 2.0]], [], [[]], [["a"]], None):
+        with pytest.raises(ValueError, match="embeddings"): soft_labels(wrong, [[0.0]], 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_more_concepts_than_different_captions_stay_finite(rng):
+    found = fit_concepts(np.repeat(rng.normal(size=(3, 4)), 5, 0), 7)
+    assert np.isfinite(found.centroids).all() and found.centroids.shape == (7, 4) and found.inertia == pytest.approx(0, abs=1e-9)
+    np.testing.assert_allclose(soft_labels(found.centroids, found.centroids, 0.1).sum(1), 1, atol=1e-6)
+
+
+def test_concepts_of_one_table_need_no_scale(rng):
+    found = fit_concepts(rng.normal(size=(9, 3)), 2)
+    assert found.scale is None and found.meta is None
 
 
 # ---- label_entropy

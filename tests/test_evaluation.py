@@ -19,6 +19,7 @@ from kklip_nb.evaluation import (
     evaluate,
     first_place,
     hits_at_k,
+    item_scores,
     knn_hits,
     median_rank,
     retrieval_recall,
@@ -460,3 +461,17 @@ def test_a_classifier_of_another_size_and_a_query_without_an_answer_are_refused(
             function(np.eye(2), np.array([[True, False], [False, False]]))
         with pytest.raises(ValueError, match="right"):
             function(np.eye(2), np.ones((2, 3), bool))
+
+
+def test_items_are_what_all_metrics_are_means_of(rng):
+    features, captions = rng.normal(size=(30, 6)), rng.normal(size=(30, 6))
+    classes = [None if i % 7 == 0 else "ab"[i % 2] for i in range(30)]
+    names = {"a": captions[1], "b": captions[2]}
+    encode = lambda prompts: np.stack([names[p.split()[-1]] for p in prompts])
+    train, test = np.arange(15), np.arange(15, 30)
+    items, scores = (f(features, captions, encode, classes, train, test) for f in (item_scores, evaluate))
+    assert {k: len(v) for k, v in items.items()} == {k: sum(classes[i] is not None for i in test) if k[:3] in ("zer", "knn") else 15 for k in items}
+    assert all(scores[k] == (np.median(v) if "rank" in k else v.mean()) for k, v in items.items())
+    assert retrieval_recall(features[test], captions[test]).items() <= scores.items() and median_rank(features[test], captions[test]).items() <= scores.items()
+    assert scores["alignment"] == pytest.approx(alignment(features[test], captions[test]))
+    assert scores["uniformity_text"] == pytest.approx(uniformity(captions[test]))

@@ -13,8 +13,8 @@ import kklip_nb
 
 FLOORS = {
     "": ["tools", "data", "teacher", "concepts", "student", "losses", "training", "evaluation", "visualization"],
-    "evidence.": ["text_probe", "attributes", "study"],
-    "scale.": ["shards", "distributed", "command_line"],
+    "evidence.": ["scenes", "text_probe", "attributes", "one_word", "study", "comparison", "runner", "attribute_data"],
+    "scale.": ["shards", "embeddings", "clustering", "loader", "distributed", "long_run", "export", "rehearsal", "command_line"],
 }
 MODULES = [floor + name for floor, names in FLOORS.items() for name in names]  # each may import those before it; the upper floors not each other
 ROOT = Path(__file__).resolve().parent.parent

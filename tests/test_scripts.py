@@ -1,9 +1,10 @@
-"""The comparison's arithmetic, and that a start without the environment is safe to interrupt."""
+"""The comparison and the choices: their arithmetic, the committed files, and that a stopped list of runs is taken up."""
 
 import csv
 import re
+import shutil
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +12,49 @@ import pytest
 from joblib import parallel_config
 from scipy import stats
 
+from kklip_nb.evaluation import chance_levels
+from kklip_nb.evidence import runner
+from kklip_nb.evidence.comparison import CHOICES, COMPARISON, SHOWN, choices_table, comparison_differences, comparison_rows, comparison_table
+from kklip_nb.evidence.study import Row, holm
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def runs(name: str = "runs.csv") -> list[dict]:
     with open(ROOT / "results" / name, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
 
 
-def test_the_committed_table_follows_from_the_committed_runs():
-    import compare
-    table = compare.summarise(runs(), compare.ROWS)
+def test_the_committed_tables_follow_from_the_committed_runs(material):
+    from kklip_nb.data import split_by_base
     with open(ROOT / "results" / "comparison.csv", encoding="utf-8", newline="") as file: committed = list(csv.DictReader(file))
-    assert [(e["row"], e["metric"], f"{e['mean']:.5f}", f"{e['difference']:.5f}") for e in table] == [
-        (c["row"], c["metric"], c["mean"], c["difference"]) for c in committed]
+    assert [{k: str(v) for k, v in line.items()} for line in comparison_rows(runs())] == committed
+    split = split_by_base(material.pairs.bases)
+    text = comparison_table(runs(), chance_levels(material.pairs.subcategories, split.test, split.train))
+    assert (ROOT / "results" / "comparison.md").read_text(encoding="utf-8") == text
 
 
 def test_differences_are_paired_by_seed_with_student_s_interval():
-    import compare
-    table = {(e["row"], e["metric"]): e for e in compare.summarise(runs(), compare.ROWS)}
     value = {(r["row"], r["seed"]): float(r["i2t_r5"]) for r in runs()}
     seeds = sorted({r["seed"] for r in runs()})
-    differences = np.array([value["KKLIP", s] - value["CLIP", s] for s in seeds])
-    reference = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    entry = table["KKLIP", "i2t_r5"]
-    assert entry["difference"] == pytest.approx(differences.mean())
-    assert entry["difference_half_width"] == pytest.approx((reference.high - reference.low) / 2)
+    differences = 100 * np.array([value["KKLIP", s] - value["CLIP", s] for s in seeds])
+    reference = stats.ttest_1samp(differences, 0)
+    interval, found = reference.confidence_interval(0.95), comparison_differences(runs())["KKLIP", "openmoji", "i2t_r5"]
+    assert found == pytest.approx((differences.mean(), (interval.high - interval.low) / 2, reference.pvalue))
+
+
+def test_a_star_in_the_comparison_is_below_5_percent_after_holm_over_its_table():
+    value = {(r["row"], m, r["seed"]): float(r[m]) for r in runs() for m in SHOWN}
+    of = lambda row, m: [value[row, m, s] for s in "01234"]
+    pairs = [(row, m) for row, r in COMPARISON.items() if r.base for m in SHOWN]
+    adjusted = holm([stats.ttest_rel(of(row, m), of(COMPARISON[row].base, m)).pvalue for row, m in pairs])
+    lines = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in (ROOT / "results" / "comparison.md").read_text(encoding="utf-8").splitlines()[2:]}
+    starred = {(row, m) for row, cells in lines.items() for m, cell in zip(SHOWN, cells) if cell.endswith("*")}
+    assert starred == {pair for pair, p in zip(pairs, adjusted) if p < 0.05} != set()
 
 
 def test_every_row_has_at_least_five_seeds_on_one_test_set():
-    import compare
-    assert {r["row"] for r in runs()} == set(compare.ROWS)
-    for row in compare.ROWS: assert len({r["seed"] for r in runs() if r["row"] == row}) >= 5
+    assert {r["row"] for r in runs()} == set(COMPARISON)
+    for row in COMPARISON: assert len({r["seed"] for r in runs() if r["row"] == row}) >= 5
     assert {r["part"] for r in runs()} == {"test"} and len({r["n_rows"] for r in runs()}) == 1
 
 
@@ -52,52 +64,73 @@ def material():
     return recorded_material(ROOT / "nbs" / "recorded", LAPTOP)
 
 
-def test_the_committed_runs_belong_to_the_committed_recipe_and_words(material):
-    import choose
-    import compare
-    from runs import key_of
-    for name, rows in (("runs.csv", compare.ROWS), ("runs-val.csv", choose.CHOICES)):
-        for run in runs(name): assert run["key"] == key_of(rows[run["row"]][0], int(run["seed"]), material), run["row"]
+@pytest.fixture
+def recorded(monkeypatch, material):
+    "The runner with the recorded vectors."
+    monkeypatch.setattr(runner, "base_material", lambda dataset: material)
+    monkeypatch.setattr(runner, "teacher_vectors", lambda dataset, which, part: dict(pairs=material.embeddings, words=material.word_embeddings)[part])
+
+
+def test_the_committed_runs_belong_to_the_committed_recipe_and_words(recorded):
+    for study, (rows, name, _) in runner.LISTS.items():
+        keys = {(r["row"], int(r["seed"])): r["key"] for r in runs(name) if r.get("dataset", "openmoji") == "openmoji"}
+        mine = [t for t in runner.tasks(study) if t.dataset == "openmoji"]
+        assert set(keys) == {(t.name, t.seed) for t in mine}
+        for t in mine:
+            if rows[t.name].vectors in ("own", "shuffled", "bag of words"): assert keys[t.name, t.seed] == runner.key_of(t), t
 
 
 def test_settings_were_chosen_on_validation_splits_alone():
-    import choose
     rows = runs("runs-val.csv")
-    assert {r["row"] for r in rows} == set(choose.CHOICES) and {r["part"] for r in rows} == {"val"}
-    for row in choose.CHOICES: assert sorted(r["seed"] for r in rows if r["row"] == row) == list("01234")
-    assert (ROOT / "results" / "choices.md").read_text(encoding="utf-8") == choose.table(rows)
+    assert {r["row"] for r in rows} == set(CHOICES) and {r["part"] for r in rows} == {"val"}
+    for row in CHOICES: assert sorted(r["seed"] for r in rows if r["row"] == row) == list("01234")
+    assert (ROOT / "results" / "choices.md").read_text(encoding="utf-8") == choices_table(rows)
 
 
 def test_the_recipe_follows_the_rule_of_choice():
-    import choose
     from kklip_nb.training import LAPTOP
     score = {(r["row"], r["seed"]): 50 * (float(r["i2t_r5"]) + float(r["t2i_r5"])) for r in runs("runs-val.csv")}
     better = set()
-    for row, (_, base) in choose.CHOICES.items():
-        if row == base: continue
+    for row, (_, base, *_) in CHOICES.items():
+        if base is None: continue
         gain = stats.ttest_1samp([score[row, s] - score[base, s] for s in "01234"], 0).confidence_interval(0.95)
         if gain.low > 0: better.add(row)
-    starred = {line.split(" | ")[0].removeprefix("| ") for line in choose.table(runs("runs-val.csv")).splitlines() if "*" in line}
-    assert starred == better and better == {"CLIP, word table", "KKLIP, word table", "KKLIP, beta 3", "KKLIP, k 16"}  # the last two only in the first round
+    table = choices_table(runs("runs-val.csv"))
+    said = {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.endswith(" yes |")}
+    assert said == better and better == {"CLIP, word table", "KKLIP, word table", "KKLIP, beta 3", "KKLIP, k 16"}  # the last two only in the first round
+    assert "*" not in table, "a bare interval gets no star"
     assert LAPTOP.word_table and LAPTOP.beta == 1.0 and LAPTOP.lr == 1e-3 and LAPTOP.k == 48 and LAPTOP.temperature == 0.1
 
 
-def test_a_finished_run_is_not_run_again_and_a_changed_one_is(tmp_path, material, monkeypatch):
-    import runs as engine
-    ran = []
-    def pretend(row, settings, seed, part, material):
-        ran.append((row, seed))
-        return dict(row=row, seed=seed, part=part, key=engine.key_of(settings, seed, material))
-    monkeypatch.setattr(engine, "one_run", pretend)
-    monkeypatch.setattr(engine, "parallel_config", lambda *_, **__: parallel_config("sequential"))
-    rows = {"a": dict(lr=0.1), "b": dict(lr=0.2)}
-    def go(**changed): return engine.run_rows(rows | changed, "val", tmp_path / "runs.csv", material, 1)
-    assert [(r["row"], r["seed"]) for r in go()] == [(row, str(s)) for row in rows for s in range(5)] and len(ran) == 10
+def test_a_finished_run_is_not_run_again_and_a_changed_one_is(tmp_path, monkeypatch, recorded):
+    ran, path = [], tmp_path / "runs.csv"
+    def pretend(task):
+        ran.append(task)
+        return dict(row=task.name, seed=task.seed, part="val", key=runner.key_of(task))
+    monkeypatch.setattr(runner, "one_run", pretend)
+    monkeypatch.setattr(runner, "parallel_config", lambda *_, **__: parallel_config("sequential"))
+    def go(lr=0.2):
+        rows = {"a": Row(dict(lr=0.1), None, datasets=("openmoji",)), "b": Row(dict(lr=lr), None, datasets=("openmoji",))}
+        monkeypatch.setitem(runner.LISTS, "choose", (rows, "runs-val.csv", "val"))
+        return runner.run_tasks(runner.tasks("choose"), path)
+    assert [(r["row"], r["seed"]) for r in go()] == [(row, str(s)) for row in "ab" for s in range(5)] and len(ran) == 10
     assert len(go()) == 10 and len(ran) == 10
-    lines = (tmp_path / "runs.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "runs.csv").write_text("".join(lines[:4]))  # stopped after three
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]))  # stopped after three
     assert len(go()) == 10 and len(ran) == 17
-    assert len(go(b=dict(lr=0.3))) == 10 and ran[17:] == [("b", s) for s in range(5)]
+    assert len(go(lr=0.3)) == 10 and [t[2:] for t in ran[17:]] == [("b", s) for s in range(5)]
+
+
+def test_the_entry_point_writes_the_committed_tables_again(tmp_path, monkeypatch, capsys):
+    spec = spec_from_file_location("entry_point", ROOT / "scripts" / "study.py")
+    spec.loader.exec_module(entry := module_from_spec(spec))
+    for name in ("runs.csv", "runs-val.csv"): shutil.copy(ROOT / "results" / name, tmp_path)
+    monkeypatch.setattr(entry, "RESULTS", tmp_path)
+    for what in ("compare", "choose"):
+        monkeypatch.setattr(sys, "argv", ["study.py", what, "--tables"])
+        assert entry.main() == 0
+    for name in ("comparison.csv", "comparison.md", "choices.md"): assert (tmp_path / name).read_bytes() == (ROOT / "results" / name).read_bytes()
+    assert (tmp_path / "comparison.png").exists() and "guessing" in capsys.readouterr().out
 
 
 def test_the_extra_words_share_nothing_with_validation_and_test(material):
@@ -113,12 +146,11 @@ def test_the_extra_words_share_nothing_with_validation_and_test(material):
 
 
 def test_a_word_table_is_read_as_it_was_saved_whatever_its_order_in_memory(tmp_path):
-    from pipeline import save_word_table
     from safetensors.numpy import load_file
 
     from kklip_nb.student import WordTable
     vectors = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(4, 3))
-    save_word_table(tmp_path / "t.safetensors", WordTable(np.arange(8)[::2], vectors), "a teacher")
+    runner.save_word_table(tmp_path / "t.safetensors", WordTable(np.arange(8)[::2], vectors), "a teacher")
     read = load_file(tmp_path / "t.safetensors")
     np.testing.assert_array_equal(read["vectors"], vectors)
     np.testing.assert_array_equal(read["ids"], [0, 2, 4, 6])

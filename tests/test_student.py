@@ -1,12 +1,20 @@
 """The student against open_clip itself; what trains and what does not; the start from words and from ImageNet."""
 
+import io
+import json
+import random
+
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 
 from kklip_nb import student as S
+from kklip_nb.data import decode_image, read_image
+from kklip_nb.losses import concept_loss, contrastive_loss, text_distillation_loss
 
 CAPTIONS = ["dog face", "a red apple", "pizza"]
 
@@ -137,3 +145,195 @@ def test_parameter_counts_add_up(student):
     counts = S.count_parameters(student)
     assert sum(a for a, _ in counts.values()) == sum(p.numel() for p in student.parameters())
     assert sum(t for _, t in counts.values()) == sum(p.numel() for p in student.parameters() if p.requires_grad)
+
+
+# ---- text batches cut to their longest caption
+
+
+TEXT = dict(context_length=16, vocab_size=49408, width=32, heads=4, layers=2)
+VISION = dict(image_size=32, patch_size=16, width=32, head_width=8, layers=1)
+CAPTIONS_OF_ALL_KINDS = ["pizza", "a red apple", "!!!x !", "", "a very small brown dog that sits", "Crème brûlée"]
+KINDS = {
+    "plain": (open_clip.CLIP, {}),
+    "linear projection": (open_clip.CLIP, dict(proj_bias=True)),
+    "layer scale and qk norm": (open_clip.CLIP, dict(ls_init_value=0.1, block_type="custom", qk_norm=True)),
+    "77 tokens": (open_clip.CLIP, dict(context_length=77)),
+    "own module": (open_clip.CustomTextCLIP, {}),
+    "own module, no projection": (open_clip.CustomTextCLIP, dict(proj_type="none")),
+    "end token by id": (open_clip.CustomTextCLIP, dict(pool_type="eos", eos_id=49407)),
+    "end token by id, plain": (open_clip.CLIP, dict(pool_type="eos", eos_id=49407)),
+    "first": (open_clip.CustomTextCLIP, dict(pool_type="first")),
+    "last": (open_clip.CustomTextCLIP, dict(pool_type="last")),
+    "last, plain": (open_clip.CLIP, dict(pool_type="last")),
+    "looks ahead": (open_clip.CustomTextCLIP, dict(no_causal_mask=True)),
+    "looks ahead, plain": (open_clip.CLIP, dict(no_causal_mask=True)),
+}
+
+
+def tiny_clip(kind: str, **settings):
+    "A small model of one of the kinds, whose weights are large enough to tell."
+    torch.manual_seed(0)
+    if kind == "CoCa":
+        text = TEXT | dict(embed_cls=True, output_tokens=True)
+        vision = VISION | dict(attentional_pool=True, attn_pooler_heads=4, output_tokens=True)
+        return open_clip.CoCa(32, TEXT | dict(attn_pooler_heads=4, dim_head=8), text, vision).eval()
+    build, text = KINDS[kind]
+    return build(32, VISION, TEXT | text, **settings).eval()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "CoCa"])
+def test_any_width_gives_the_features_and_gradients_of_the_full_one(kind):
+    towers = S.Towers(tiny_clip(kind)).eval()
+    tokens = S.tokenize(towers, CAPTIONS_OF_ALL_KINDS)
+    cut = S.cut_padding(tokens)
+    full = towers.clip.encode_text(tokens, normalize=False)
+    weights = torch.randn(full.shape, generator=torch.Generator().manual_seed(0))
+    names = [n for n, p in towers.named_parameters() if "text_decoder" not in n and "visual" not in n and "logit" not in n]
+    parameters = [towers.get_parameter(n) for n in names]
+    expected = torch.autograd.grad((full * weights).sum(), parameters, allow_unused=True)
+    for t in (cut.shape[1], cut.shape[1] + 2, tokens.shape[1]):
+        ours = towers.encode_text(tokens[:, :t])
+        torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-5)
+        for name, one, other in zip(names, torch.autograd.grad((ours * weights).sum(), parameters, allow_unused=True), expected):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["plain", "own module", "last", "looks ahead", "CoCa"])
+def test_tokens_beyond_the_context_are_refused(kind):
+    towers = S.Towers(tiny_clip(kind)).eval()
+    with pytest.raises(RuntimeError): towers.encode_text(torch.full((2, 20), 7))
+
+
+@pytest.mark.parametrize("kind", ["plain", "own module", "end token by id"])
+def test_the_cut_columns_are_not_computed(kind):
+    towers, widths = S.Towers(tiny_clip(kind)).eval(), []
+    S._text_tower(towers.clip).transformer.register_forward_hook(lambda m, i, o: widths.append(o.shape[1]))
+    towers.encode_text(S.cut_padding(S.tokenize(towers, CAPTIONS)))
+    assert widths == [5]
+
+
+def test_the_cut_keeps_every_caption_whole(student):
+    for captions in ([""], ["pizza"], ["!!!x"], CAPTIONS_OF_ALL_KINDS, ["word " * 30, "a"]):
+        tokens = S.tokenize(student, captions)
+        cut = S.cut_padding(tokens)
+        assert not tokens[:, cut.shape[1]:].any() and cut[:, -1].any()
+        assert (cut == 49407).any(1).all() and cut.argmax(1).equal(tokens.argmax(1))
+    assert S.cut_padding(torch.tensor([[49406, 0, 0, 7, 49407, 0], [49406, 0, 49407, 0, 0, 0]])).shape == (2, 5)  # id 0 is a piece
+
+
+def test_the_text_tower_compiles_for_any_width():
+    towers = S.Towers(tiny_clip("plain")).eval()
+    compiled = torch.compile(towers.encode_text, backend="eager", dynamic=True, fullgraph=True)
+    tokens = S.tokenize(towers, CAPTIONS)
+    for t in (6, 9, 16): torch.testing.assert_close(compiled(tokens[:, :t]), towers.encode_text(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_all_pairs_are_encoded_as_open_clip_does(student, images):
+    captions = CAPTIONS_OF_ALL_KINDS[:2] + ["a very small brown dog that sits"]
+    pixels, tokens = S.prepare_images(student, images), S.tokenize(student, captions)
+    image, text = S.encode_all(student, pixels, tokens, batch_size=2, device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(image, student.clip.encode_image(pixels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(text, student.clip.encode_text(tokens), rtol=1e-5, atol=1e-5)
+
+
+# ---- random state, BatchNorm, parameters that nothing reads
+
+
+@pytest.fixture(scope="module")
+def tiny_resnet(tmp_path_factory) -> str:
+    config = dict(embed_dim=16, vision_cfg=dict(image_size=32, width=8, layers=[1, 1, 1, 1], head_width=8), text_cfg=TEXT)
+    path = tmp_path_factory.mktemp("configs") / "kklip-test-resnet.json"
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+@pytest.mark.parametrize("name", ["kklip-laptop", "kklip-laptop-vit"])
+def test_building_leaves_the_random_state_alone_and_draws_as_before(name):
+    torch.manual_seed(5)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    built = S.build_student(name, seed=3, train_image="all", imagenet=False).state_dict()
+    assert torch.get_rng_state().equal(states[0]) and (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
+    torch.manual_seed(3)  # as it was first written
+    first = S.Student(open_clip.create_model(name), 128, 576, 48, "all").state_dict()
+    assert built.keys() == first.keys() and all(built[k].equal(first[k]) for k in first)
+
+
+def norms_learn(student: S.Towers) -> set[bool]:
+    "Do the BatchNorm layers' statistics move in training?"
+    norms = [m for m in student.train().modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms]
+    student.encode_image(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    return {not b.equal(m.running_mean) for b, m in zip(before, norms)}
+
+
+def test_batch_norm_learns_from_scratch_alone(tiny_resnet, tmp_path):
+    scratch = S.build_student(tiny_resnet, train_image="all")
+    assert norms_learn(scratch) == {True}
+    torch.save(scratch.clip.state_dict(), tmp_path / "weights.pt")
+    assert norms_learn(S.build_student(tiny_resnet, pretrained=str(tmp_path / "weights.pt"), train_image="all")) == {False}
+    assert norms_learn(S.build_student(tiny_resnet, train_image="head")) == {False}
+    assert norms_learn(S.Towers(scratch.clip)) == {False}
+    assert norms_learn(S.build_student(train_image="all")) == {False} and norms_learn(S.build_student(imagenet=False, train_image="all")) == {True}
+    assert not any(m.training for m in scratch.eval().modules())
+
+
+def all_losses(student: S.Student, pixels, tokens) -> torch.Tensor:
+    image, text = student.encode_image(pixels), student.encode_text(tokens)
+    labels = torch.full((len(text), 5), 0.2)
+    concepts = sum(concept_loss(student.predict_concepts(f, m), labels) for f, m in ((image, "image"), (text, "text")))
+    targets = F.normalize(torch.ones(len(text), 7), dim=1)
+    return text_distillation_loss(student.predict_teacher(text), targets) + concepts + contrastive_loss(image, text, student.logit_scale)
+
+
+@pytest.mark.parametrize("kind, settings", [("plain", {}), ("plain", dict(init_logit_bias=-10)), ("own module", dict(init_logit_bias=-10)),
+                                            ("looks ahead", {}), ("first", {}),
+                                            ("CoCa", {})])
+@pytest.mark.parametrize("train_image", ["head", "all"])
+def test_every_parameter_that_trains_gets_a_gradient(kind, settings, train_image):
+    student = S.Student(tiny_clip(kind, **settings), 32, teacher_dim=7, n_concepts=5, train_image=train_image)
+    all_losses(student, torch.randn(3, 3, 32, 32), S.cut_padding(S.tokenize(student, CAPTIONS))).backward()
+    assert not [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = {n.split(".")[1] for n, p in student.named_parameters() if not p.requires_grad and "visual" not in n}
+    assert frozen == {"text_decoder"} & {n.split(".")[1] for n, _ in student.named_parameters()} | ({"logit_bias"} if settings else set())
+
+
+@pytest.mark.parametrize("name", ["coca_ViT-B-32", "MobileCLIP-B", "RN50", "convnext_tiny", "PE-Core-T-16-384"])
+def test_every_parameter_of_open_clip_s_models_is_read_or_frozen(name):
+    with torch.device("meta"):
+        student = S.Student(S._create_clip(name, None, device="meta"), open_clip.get_model_config(name)["embed_dim"], 7, 5, "all").to("meta")
+        tokens = torch.zeros(2, student.clip.context_length, dtype=torch.long)
+        features = student.encode_image(torch.zeros(2, 3, *S.to_2tuple(student.clip.visual.image_size))).sum() + student.encode_text(tokens).sum()
+    read = {n: p for n, p in student.clip.named_parameters() if p.requires_grad and n != "logit_scale"}
+    gradients = torch.autograd.grad(features, list(read.values()), allow_unused=True)
+    assert not [n for n, g in zip(read, gradients) if g is None]
+
+
+# ---- pixels
+
+
+def test_a_tensor_of_pixels_is_prepared_where_it_is(student, images):
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    for some in (pixels, pixels.contiguous()): assert S.prepare_images(student, some).equal(S.prepare_images(student, images))
+    small = pixels[:, :, 10:90, 20:110]
+    assert S.prepare_images(student, small).equal(S.prepare_images(student, images[:, 10:90, 20:110]))
+    meta = S.prepare_images(student, small.to("meta"))
+    assert meta.device.type == "meta" and meta.shape == (3, 3, 128, 128) and meta.dtype == torch.float32
+    with pytest.raises(ValueError, match="uint8"): S.prepare_images(student, pixels / 255)
+
+
+@pytest.mark.parametrize("name", ["kklip-laptop", "kklip-laptop-vit"])
+@pytest.mark.parametrize("size", [(128, 60), (50, 128), (128, 128), (90, 40), (200, 300), (33, 200)])
+def test_open_clip_s_own_transform_does_what_read_image_does(name, size, rng):
+    student = S.build_student(name, imagenet=False)
+    settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip))
+    assert (settings.resize_mode, settings.fill_color) == ("longest", 255)
+    file = io.BytesIO()
+    blobs = Image.fromarray(rng.integers(60, 200, (4, 4, 4), dtype=np.uint8), "RGBA").resize(size, Image.Resampling.BICUBIC)
+    blobs.save(file, "PNG")
+    theirs = image_transform_v2(settings, is_train=False)(decode_image(file.getvalue()))
+    ours = S.prepare_images(student, read_image(file.getvalue(), student.clip.visual.image_size[0])[None])[0]
+    assert theirs.shape == ours.shape
+    levels = 255 * (theirs - ours).abs().amax((1, 2)) * torch.tensor(settings.std)
+    assert (255 * (theirs - ours).abs().mean((1, 2)) * torch.tensor(settings.std)).max() < 1.5 and levels.max() < 30

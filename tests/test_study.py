@@ -2,21 +2,20 @@
 
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from kklip_nb.evidence import runner
 from kklip_nb.evidence import study as ablation
-from kklip_nb.evidence.study import (COLUMNS, CORE, ENCODERS, ROWS, SCENES, SEEDS, WORLDS, Difference, Row, compare_rows, holm, load_study,
-                               paired_difference, row_recipe, seed_values, settings_hash, star_table)
+from kklip_nb.evidence.study import (COLUMNS, CORE, DATASETS, ENCODERS, ROWS, SCENES, SEEDS, Difference, Row, compare_rows, gap_closed, holm, level, load_study,
+                                     markdown_table, paired_difference, row_recipe, seed_values, settings_hash, star_table)
 from kklip_nb.training import LAPTOP
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "results" / "study.csv"
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +27,9 @@ def lines() -> list[dict]:
 
 def test_one_factor_at_a_time():
     for name, row in ROWS.items():
-        for world in row.worlds:
-            base = row_recipe(ROWS["KKLIP"], world, 1)
-            changed = {f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(row_recipe(row, world, 1), f.name)}
+        for dataset in row.datasets:
+            base = row_recipe(ROWS["KKLIP"], dataset, 1)
+            changed = {f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(row_recipe(row, dataset, 1), f.name)}
             if name in ("CLIP", "the paper's weights"): assert changed == {"alpha", "beta"}
             else: assert len(changed) + (row.vectors != "own") == (0 if name == "KKLIP" else 1), name
 
@@ -40,18 +39,18 @@ def test_the_openmoji_rows_start_from_the_committed_recipe():
     assert row_recipe(ROWS["KKLIP"], "scenes", 3) == dataclasses.replace(LAPTOP, seed=3, **SCENES)
 
 
-def test_a_row_is_refused_in_a_world_where_it_is_not_run():
-    with pytest.raises(ValueError, match="openmoji"): row_recipe(Row({}, worlds=("openmoji",)), "scenes", 0)
+def test_a_row_is_refused_on_a_data_set_where_it_is_not_run():
+    with pytest.raises(ValueError, match="openmoji"): row_recipe(Row({}, datasets=("openmoji",)), "scenes", 0)
 
 
 def test_every_setting_moves_the_hash(monkeypatch):
-    hashes = {settings_hash(n, w, s) for n, r in ROWS.items() for w in r.worlds for s in SEEDS} | {settings_hash("T5", "scenes", s) for s in SEEDS}
-    assert len(hashes) == len(SEEDS) * (1 + sum(len(r.worlds) for r in ROWS.values()))
+    hashes = {settings_hash(n, w, s) for n, r in ROWS.items() for w in r.datasets for s in SEEDS} | {settings_hash("T5", "scenes", s) for s in SEEDS}
+    assert len(hashes) == len(SEEDS) * (1 + sum(len(r.datasets) for r in ROWS.values()))
     before = settings_hash("KKLIP", "scenes", 0), settings_hash("KKLIP", "openmoji", 0), settings_hash("T5", "scenes", 0)
     monkeypatch.setitem(ablation.READER, "probe_steps", 1)
     assert settings_hash("KKLIP", "scenes", 0) != before[0] and settings_hash("T5", "scenes", 0) != before[2]
     assert settings_hash("KKLIP", "openmoji", 0) == before[1], "OpenMoji does not use the reader"
-    monkeypatch.setitem(ablation.ROWS, "KKLIP", Row({}, "shuffled"))
+    monkeypatch.setitem(ablation.ROWS, "KKLIP", Row({}, vectors="shuffled"))
     assert settings_hash("KKLIP", "openmoji", 0) != before[1]
 
 
@@ -59,23 +58,23 @@ def test_every_setting_moves_the_hash(monkeypatch):
 
 def test_the_committed_runs_belong_to_the_committed_settings(lines):
     assert load_study(STUDY) == lines
-    assert len({(r["world"], r["row"], r["seed"]) for r in lines}) == len(lines), "no run twice"
+    assert len({(r["dataset"], r["row"], r["seed"]) for r in lines}) == len(lines), "no run twice"
     assert len({r["key"] for r in lines}) == len(lines)
 
 
 def test_the_core_is_complete_and_every_number_a_number(lines):
-    have = {(r["world"], r["row"], int(r["seed"])) for r in lines}
-    assert {(w, n, s) for n in CORE for w in WORLDS for s in SEEDS} <= have
+    have = {(r["dataset"], r["row"], int(r["seed"])) for r in lines}
+    assert {(w, n, s) for n in CORE for w in DATASETS for s in SEEDS} <= have
     assert {("scenes", n, s) for n in ("T5", "random encoder", "bag of words", "teacher") for s in SEEDS} <= have
     for r in lines:
-        wanted = [m for w, m in COLUMNS if w == r["world"]] if r["row"] in ROWS else ["em", "em_val", "edit"]
+        wanted = [m for w, m in COLUMNS if w == r["dataset"]] if r["row"] in ROWS else ["em", "em_val", "edit"]
         assert all(0 <= float(r[m]) <= 1 for m in wanted), (r["row"], r["seed"])
 
 
 def test_openmoji_rows_agree_with_the_comparison(lines):
     with open(ROOT / "results" / "runs.csv", encoding="utf-8", newline="") as file: other = {(r["row"], r["seed"]): r for r in csv.DictReader(file)}
     for r in lines:
-        if r["world"] == "openmoji" and r["row"] in ("CLIP", "KKLIP"):
+        if r["dataset"] == "openmoji" and r["row"] in ("CLIP", "KKLIP"):
             for metric in ("i2t_r1", "i2t_r5", "zero_shot", "knn_image", "knn_text"): assert r[metric] == other[r["row"], r["seed"]][metric]
 
 
@@ -114,12 +113,12 @@ def test_holm_by_its_definition():
     for size in (1, 3, 12):
         p = rng.random(size) ** 2
         adjusted = holm(p)
-        for level in rng.random(30):
+        for alpha in rng.random(30):
             order, fallen = np.argsort(p), np.zeros(size, bool)
             for step, i in enumerate(order):
-                if p[i] > level / (size - step): break
+                if p[i] > alpha / (size - step): break
                 fallen[i] = True
-            assert np.array_equal(adjusted <= level, fallen)
+            assert np.array_equal(adjusted <= alpha, fallen)
     assert (holm(p) >= p).all() and (holm(p) <= np.minimum(1, size * p)).all()
     assert holm(p.reshape(3, 4)).tolist() == holm(p).reshape(3, 4).tolist()
     for bad in ([], [1.1], [-0.1], [np.nan]):
@@ -134,7 +133,7 @@ def test_holm_keeps_false_stars_rare():
 
 def toy_runs() -> list[dict]:
     rng = np.random.default_rng(1)
-    return [dict(row=n, world="openmoji", seed=str(s), knn_text=f"{rng.random():.5f}", em="") for n in ("CLIP", "KKLIP", "k 16") for s in reversed(SEEDS)]
+    return [dict(row=n, dataset="openmoji", seed=str(s), knn_text=f"{rng.random():.5f}", em="") for n in ("CLIP", "KKLIP", "k 16") for s in reversed(SEEDS)]
 
 
 def test_values_come_in_the_order_of_the_seeds():
@@ -149,42 +148,70 @@ def test_values_come_in_the_order_of_the_seeds():
 def test_rows_are_compared_with_the_base_that_is_asked_for():
     runs, column = toy_runs(), [("openmoji", "knn_text")]
     value = lambda n: 100 * seed_values(runs, "openmoji", n, "knn_text")
-    found = compare_rows(runs, ["CLIP", "k 16"], "KKLIP", [*column, ("scenes", "em")])
+    found = compare_rows(runs, {"CLIP": "KKLIP", "k 16": "KKLIP"}, [*column, ("scenes", "em")])
     assert list(found) == [("CLIP", *column[0]), ("k 16", *column[0])]
     assert found["k 16", "openmoji", "knn_text"] == paired_difference(value("k 16"), value("KKLIP"))
 
 
-def test_stars():
+def test_two_metrics_are_averaged_seed_by_seed_and_lines_without_a_data_set_are_of_openmoji():
+    runs = [{"row": "a", "seed": str(s), "x": f"{s}", "y": f"{3 * s}"} for s in SEEDS]
+    assert seed_values(runs, "openmoji", "a", "x+y").tolist() == [2.0 * s for s in SEEDS]
+    assert not len(seed_values(runs, "scenes", "a", "x"))
+
+
+def test_one_star_and_only_after_holm():
     found = {(str(i), "x", "y"): Difference(2.0, 1.0, p) for i, p in enumerate((0.001, 0.02, 0.03, 0.2))}
-    assert [t.removeprefix("+2.0 ± 1.0") for t in star_table(found).values()] == ["**", "*", "*", ""]
+    assert [t.removeprefix("+2.0 ± 1.0") for t in star_table(found).values()] == ["*", "", "", ""]
+
+
+def test_a_level_is_scipy_s_interval_in_points():
+    runs = toy_runs()
+    values = 100 * seed_values(runs, "openmoji", "KKLIP", "knn_text")
+    reference = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert level(runs, "openmoji", "KKLIP", "knn_text") == f"{values.mean():.1f} ± {(reference.high - reference.low) / 2:.1f}"
+
+
+def test_a_table_in_markdown():
+    assert markdown_table(["", "a"], [["b", "1"], ["", ""]]) == "| | a |\n|---|---|\n| b | 1 |\n| | |\n"
+
+
+def test_gap_closed():
+    assert gap_closed(35.8, 44.4, 52.5) == pytest.approx(8.6 / 16.7)
+    assert [gap_closed(0.2, x, 0.7) for x in (0.2, 0.7)] == [0, 1]
+    with pytest.raises(ValueError, match="no gap"): gap_closed(0.5, 0.6, 0.5)
 
 
 # --- one run in miniature
 
+CACHED = ("all_scenes", "texts_of", "base_material", "word_pairs")
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    import study_runs
     monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
-    monkeypatch.setattr(study_runs, "SCENE_COUNT", 240)
-    monkeypatch.setattr(study_runs, "READER", dict(t5_steps=5, t5_lr=3e-3, probe_steps=3, probe_lr=1e-2, batch_size=16, word_pairs=2))
-    recipe = study_runs.row_recipe
-    monkeypatch.setattr(study_runs, "row_recipe", lambda row, world, seed: dataclasses.replace(recipe(row, world, seed), epochs=1, k=4, batch_size=32, warmup=1))
-    vectors = lambda world, which, part: np.random.default_rng(len(which)).normal(size=(len(study_runs.texts(world)[part]), 16)).astype(np.float32)
-    monkeypatch.setattr(study_runs, "teacher_vectors", vectors)
-    for f in (study_runs.all_scenes, study_runs.texts, study_runs.base_material, study_runs.word_pairs, study_runs.all_word_pictures): f.cache_clear()
-    yield study_runs
-    for f in (study_runs.all_scenes, study_runs.texts, study_runs.base_material, study_runs.word_pairs, study_runs.all_word_pictures): f.cache_clear()
+    monkeypatch.setattr(runner, "SCENE_COUNT", 240)
+    monkeypatch.setattr(runner, "READER", dict(t5_steps=5, t5_lr=3e-3, probe_steps=3, probe_lr=1e-2, batch_size=16, word_pairs=2))
+    recipe = runner.row_recipe
+    monkeypatch.setattr(runner, "row_recipe", lambda row, dataset, seed: dataclasses.replace(recipe(row, dataset, seed), epochs=1, k=4, batch_size=32, warmup=1))
+    vectors = lambda dataset, which, part: np.random.default_rng(len(which)).normal(size=(len(runner.texts_of(dataset)[part]), 16)).astype(np.float32)
+    monkeypatch.setattr(runner, "teacher_vectors", vectors)
+    for f in CACHED: getattr(runner, f).cache_clear()
+    yield runner
+    for f in CACHED: getattr(runner, f).cache_clear()
 
 
-def test_a_run_fills_every_column_of_its_world_and_its_key_covers_what_it_reads(small, monkeypatch):
-    line = small.one_run("scenes", "KKLIP", 0)
+def task(name: str, seed: int = 0) -> runner.Task: return runner.Task("study", "scenes", name, seed)
+
+
+def test_a_run_fills_every_column_of_its_data_set_and_its_key_covers_what_it_reads(small, monkeypatch):
+    line = small.one_run(task("KKLIP"))
     assert {m for w, m in COLUMNS if w == "scenes"} <= set(line) and {f"group: {c}" for c in ("noun", "relation")} <= set(line)
-    assert (tmp := list(small.cache_dir().glob("t5-*"))) and small.one_run("scenes", "T5", 0)["em"] <= "0.5"
-    assert small.one_run("scenes", "KKLIP", 0)["em"] == line["em"] and list(small.cache_dir().glob("t5-*")) == tmp, "the reader is kept"
-    keys = {small.key_of("scenes", n, s) for n in ("KKLIP", "CLIP", "shuffled teacher", "bag of words as teacher", "MiniLM as teacher") for s in (0, 1)}
+    assert (tmp := list(small.cache_dir().glob("t5-*"))) and small.one_run(task("T5"))["em"] <= "0.5"
+    assert small.one_run(task("KKLIP"))["em"] == line["em"] and list(small.cache_dir().glob("t5-*")) == tmp, "the reader is kept"
+    keys = {small.key_of(task(n, s)) for n in ("KKLIP", "CLIP", "shuffled teacher", "bag of words as teacher", "MiniLM as teacher") for s in (0, 1)}
     assert len(keys) == 10 and line["key"] in keys
     monkeypatch.setitem(small.READER, "probe_steps", 4)
-    assert small.key_of("scenes", "KKLIP", 0) not in keys
+    assert small.key_of(task("KKLIP")) not in keys
 
 
 def test_controls_know_what_they_should(small):
@@ -202,17 +229,24 @@ def test_controls_know_what_they_should(small):
 
 
 def test_the_order_of_the_runs():
-    import study
-    core, everything = study.tasks(True), study.tasks(False)
+    core, everything = ([t[1:] for t in runner.tasks("study", core=c)] for c in (True, False))
     assert set(core) < set(everything) and len(set(everything)) == len(everything)
-    assert set(everything) == {(w, n, s) for n, r in ROWS.items() for w in r.worlds for s in SEEDS} | {("scenes", n, s) for n in ENCODERS for s in SEEDS}
+    assert set(everything) == {(w, n, s) for n, r in ROWS.items() for w in r.datasets for s in SEEDS} | {("scenes", n, s) for n in ENCODERS for s in SEEDS}
     assert {n for _, n, _ in core} == {*CORE, "T5", "random encoder", "bag of words", "teacher"}
     assert {n for _, n, _ in everything} == {*ROWS, *ENCODERS}
     assert set(everything[:len(core)]) == set(core), "the core first"
 
 
+def test_the_committed_lines_stand_in_the_order_of_the_runs(lines):
+    assert [(r["dataset"], r["row"], int(r["seed"])) for r in lines] == [t[1:] for t in runner.tasks("study")]
+
+
+def test_the_keys_of_what_is_not_trained_are_the_committed_ones(lines):
+    keys = {(r["row"], int(r["seed"])): r["key"] for r in lines if r["row"] in ENCODERS}
+    assert keys == {(t.name, t.seed): runner.key_of(t) for t in runner.tasks("study") if t.name in ENCODERS}
+
+
 def test_lines_share_their_columns():
-    import study
-    lines = study.columns([dict(world="a", em=1, seconds=2, torch="x"), dict(world="b", knn=3, seconds=4, torch="x", machine="m")])
-    assert [list(r) for r in lines] == [["world", "em", "knn", "seconds", "torch", "open_clip", "transformers", "machine"]] * 2
+    lines = runner.same_columns([dict(dataset="a", em=1, seconds=2, torch="x"), dict(dataset="b", knn=3, seconds=4, torch="x", machine="m")])
+    assert [list(r) for r in lines] == [["dataset", "em", "knn", "seconds", "torch", "machine"]] * 2
     assert lines[0]["knn"] == lines[1]["em"] == ""

