@@ -121,7 +121,7 @@ def test_what_an_epoch_sees_is_counted(data):
     (dict(), 3, 2, "3 streams for 2 processes; expected a multiple|cannot be cut into 3"),
     (dict(batch_size=6), 3, 2, "3 streams for 2 processes; expected a multiple"),
     (dict(), 3, 1, "batch_size=8 cannot be cut into 3 streams"),
-    (dict(batch_size=80), 2, 1, "batch_size=80, but the shards hold 72 different captions; choose a smaller batch"),
+    (dict(batch_size=80), 2, 1, "batch_size=80, but the shards hold 72 different captions; give fewer"),
     (dict(), 0, 1, "0 streams"),
 ])
 def test_what_does_not_fit_is_said(data, changed, streams, size, match):
@@ -141,6 +141,7 @@ def same_part(a, b) -> bool:
     return a[:2] == b[:2] and all(map(torch.equal, a[2:], b[2:]))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_pairs_of_a_step_do_not_depend_on_processes_or_workers(data):
     recipe, student = dataclasses.replace(RECIPE, epochs=1), start_student(RECIPE, data, ALONE)
     one = list(read_steps(student, data, recipe, 4))
