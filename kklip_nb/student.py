@@ -145,10 +145,10 @@ def prepare_images(
     settings = open_clip.get_model_preprocess_cfg(student.clip)
     if not isinstance(images, torch.Tensor): images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     if images.dtype != torch.uint8: raise ValueError(f"pixels of type {images.dtype}; expected uint8 from 0 to 255")
-    x, size = images.float() / 255, tuple(to_2tuple(settings["size"]))
+    x, size = images.float().div_(255), tuple(to_2tuple(settings["size"]))
     if x.shape[-2:] != size: x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(settings[k], device=x.device).view(3, 1, 1) for k in ("mean", "std"))
-    return (x - mean) / std
+    return x.sub_(mean).div_(std)  # in place: a batch of pictures is large
 
 # %% ../nbs/03_student.ipynb #80410dc5
 def _lock_image(visual: nn.Module, train_image: str) -> None:

@@ -8,9 +8,7 @@ the whole file written but not yet renamed. It is then started again, until all 
 never killed: sidecars and concepts as files, the checkpoint's tensors, and the log but for its speeds.
 """
 
-import signal
-
-if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
+import quiet  # first, so that Ctrl-C during the imports below prints no traceback
 
 import os
 
@@ -23,6 +21,7 @@ import dataclasses
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -36,9 +35,11 @@ import numpy as np
 import torch
 
 from kklip_nb import teacher, training
-from kklip_nb.scale.distributed import World, open_data, shard_recipe, train_shards
 from kklip_nb.scale.clustering import cluster_shards
+from kklip_nb.scale.distributed import World
 from kklip_nb.scale.embeddings import embed_shards, open_sidecars
+from kklip_nb.scale.loader import open_data, shard_recipe
+from kklip_nb.scale.long_run import newest_checkpoint, train_shards
 from kklip_nb.scale.shards import list_shards, run_lock, write_shards
 from kklip_nb.training import LAPTOP
 
@@ -68,7 +69,7 @@ def cluster(work: Path, shards: Path) -> None:
 
 def train(work: Path, shards: Path) -> None:
     data = open_data(list_shards(shards), work / "embeddings", work / "concepts")
-    train_shards(RECIPE, data, work / "run", World(0, 1, torch.device("cpu")), streams=2, save_every=3)
+    train_shards(RECIPE, data, work / "run", World(0, 1, torch.device("cpu")), streams=2, save_every=3, workers=1)
 
 
 STAGES: dict[str, Callable[[Path, Path], None]] = dict(embed=embed, cluster=cluster, train=train)
@@ -131,7 +132,7 @@ def made(work: Path, *folders: str) -> list[Path]:
 
 def weights(work: Path) -> tuple[dict, bytes]:
     "All tensors of the checkpoint, by name and as bytes: weights, optimiser and random state."
-    raw = (work / "run" / "checkpoint.safetensors").read_bytes()
+    raw = newest_checkpoint(work / "run").read_bytes()
     size = 8 + int.from_bytes(raw[:8], "little")
     return {k: v for k, v in json.loads(raw[8:size]).items() if k != "__metadata__"}, raw[size:]
 
@@ -149,7 +150,7 @@ def differences(work: Path, reference: Path) -> list[str]:
     wrong += [f"{f.relative_to(work)} was left behind" for f in work.rglob("*.part")]
     for lock in work.rglob("*.lock"):
         try:
-            with run_lock(lock): pass
+            with run_lock(lock, wait=10): pass  # a decoding worker of a killed run lives on for some seconds
         except RuntimeError as error: wrong.append(str(error))
     return wrong
 
@@ -206,7 +207,7 @@ def main(kills: int, seed: int, where: Path) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    quiet.listen()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60, help="how often a process is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the kinds of kill and their times")

@@ -34,7 +34,8 @@ class World(NamedTuple):
 def _device(local_rank: int) -> torch.device:
     "This process's GPU, with TF32 in its matrix products; else the CPU."
     if not torch.cuda.is_available(): return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count(): raise ValueError(f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; start one process a GPU")
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise ValueError(f"process {local_rank} has no GPU of its own, this machine has {count}; start one a GPU")
     torch.cuda.set_device(local_rank)
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", local_rank)
@@ -42,15 +43,15 @@ def _device(local_rank: int) -> torch.device:
 
 @contextmanager
 def start_world() -> Iterator[World]:
-    "Join the other processes that torchrun has started; alone, nothing is started. An error says in which process it arose."
-    rank, world_size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = _device(local)
+    "Join the processes that torchrun has started; alone, nothing is started. An error says in which process it arose."
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = _device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try: yield World(rank, world_size, device)
     except Exception as error:
         if world_size > 1: error.add_note(f"in process {rank} of {world_size}")
         raise
-    if world_size > 1: dist.destroy_process_group()  # not after an error: this process ends, and torchrun ends the others
+    if world_size > 1: dist.destroy_process_group()  # not after an error: torchrun ends the others
 
 # %% ../../nbs/scale/05_distributed.ipynb #0145d0ea
 def gather_global(
@@ -60,7 +61,8 @@ def gather_global(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (world_size * n, d) each, of all processes in order of rank
     "open_clip's gather with gradient; every process must bring the same n. Alone, the features themselves."
     if world.world_size == 1: return image_features, text_features
-    return gather_features(image_features, text_features, gather_with_grad=True, rank=world.rank, world_size=world.world_size)
+    who = dict(rank=world.rank, world_size=world.world_size)
+    return gather_features(image_features, text_features, gather_with_grad=True, **who)
 
 # %% ../../nbs/scale/05_distributed.ipynb #5152b3b2
 def start_student(
@@ -98,9 +100,11 @@ def wrap(
     "The student's losses, with gradients averaged over processes where there are several."
     if world.world_size == 1: return Losses(student)
     if learns_norms(student):
-        if world.device.type != "cuda": raise ValueError("BatchNorm that learns its statistics over several processes needs GPUs; take one process, or a student with pretrained weights")
+        if world.device.type != "cuda":
+            raise ValueError("BatchNorm that learns needs GPUs, one process, or pretrained weights")
         nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    return DistributedDataParallel(Losses(student), broadcast_buffers=False, find_unused_parameters=recipe.concept_on not in ("both", "concat"))
+    unused = recipe.concept_on not in ("both", "concat")
+    return DistributedDataParallel(Losses(student), broadcast_buffers=False, find_unused_parameters=unused)
 
 
 def learns_norms(
@@ -112,13 +116,15 @@ def learns_norms(
 # %% ../../nbs/scale/05_distributed.ipynb #d2bba057
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
     "A context for the forward pass."
-    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32")
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=precision != "fp32")
 
 
 @torch.no_grad()
 def _features(student: Student, batch: Inputs, world: World, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
     "The gathered features of one micro-batch, without a graph."
-    with _autocast(world.device, precision): return gather_global(student.encode_image(batch.images), student.encode_text(batch.tokens), world)
+    with _autocast(world.device, precision):
+        return gather_global(student.encode_image(batch.images), student.encode_text(batch.tokens), world)
 
 
 def backward_global(
@@ -143,7 +149,8 @@ def backward_global(
             scale(total).backward()
         for name, value in losses.items(): means[name] = means.get(name, 0) + value.detach() / m
     if m > 1: student.clip.logit_scale.grad /= m
-    return dict(total=recipe.alpha * means["distillation"] + recipe.beta * means["concept"] + recipe.gamma * means["contrastive"]) | means
+    weights = dict(distillation=recipe.alpha, concept=recipe.beta, contrastive=recipe.gamma)
+    return dict(total=sum(weight * means[name] for name, weight in weights.items())) | means
 
 # %% ../../nbs/scale/05_distributed.ipynb #9777f460
 def choose_precision(
@@ -151,7 +158,8 @@ def choose_precision(
     device: torch.device,
 ) -> str:  # 'fp32', 'bf16' or 'fp16'
     "'auto' is bf16 on a GPU and fp32 elsewhere; raises ValueError for another word."
-    if precision not in ("auto", "fp32", "bf16", "fp16"): raise ValueError(f"precision={precision!r}; expected 'auto', 'fp32', 'bf16' or 'fp16'")
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise ValueError(f"precision={precision!r}; expected 'auto', 'fp32', 'bf16' or 'fp16'")
     return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
 
@@ -165,10 +173,11 @@ def global_step(
     precision: str = "fp32",  # 'fp32', 'bf16' or 'fp16'
     max_norm: float | None = None,  # a longer gradient is shortened to this
     scaler: torch.amp.GradScaler | None = None,  # for 'fp16'; one that is not enabled does nothing
-) -> dict[str, float]:  # total and the three losses, means over all processes; gradient_norm, not finite if the step was skipped
+) -> dict[str, float]:  # total and the three losses, means over all processes; gradient_norm, not finite if skipped
     "train_step of the training notebook over all processes."
     optimizer.zero_grad()
-    losses = backward_global(model, micro_batches, recipe, world, precision, scaler.scale if scaler else lambda loss: loss)
+    scale = scaler.scale if scaler else lambda loss: loss
+    losses = backward_global(model, micro_batches, recipe, world, precision, scale)
     if scaler: scaler.unscale_(optimizer)
     norm = optimizer_step(getattr(model, "module", model).student, optimizer, lr, max_norm)
     if scaler: scaler.update()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
+from ..data import fold_caption
 from .shards import read_shard, remove_parts, run_lock, shard_name, usable_samples
 from ..teacher import save_embeddings
 from ..tools import check_found
@@ -38,7 +39,8 @@ def embed_shard(
                          f"the first: {first}; mend the shard or raise the limit")
     captions = [s.caption for s in samples]
     meta = dict(shard=shard_name(url), keys=json.dumps([s.key for s in samples]), skipped=json.dumps(skipped),
-                distinct=len(set(captions)), crc32=json.dumps([zlib.crc32(c.encode()) for c in captions]))
+                crc32=json.dumps([zlib.crc32(c.encode()) for c in captions]),
+                folded=json.dumps([zlib.crc32(fold_caption(c).encode()) for c in captions]))
     try: save_embeddings(path, embed(captions), captions, **provenance, **meta)
     except ValueError as error: raise ValueError(f"{url}: {error}") from error
     return len(samples), skipped
@@ -53,7 +55,7 @@ class Sidecar(NamedTuple):
     shard: str  # name of its shard
     keys: list[str]  # n keys in shard order
     shape: tuple[int, int]  # (n, d)
-    meta: dict[str, str]  # all of the header: captions, crc32, skipped, distinct, and the provenance
+    meta: dict[str, str]  # all of the header: captions, crc32 of each, also of each folded, skipped, and the provenance
 
     def provenance(self) -> dict[str, str | None]:
         "Teacher, pooling, layer, prompt, and the width of its vectors: alike in all sidecars that belong together."
