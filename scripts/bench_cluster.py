@@ -55,7 +55,7 @@ def make_sidecars(folder: Path, rows: int, d: int, groups: int) -> None:
         path, keys = folder / f"{shard:05d}.safetensors", [f"{shard:05d}{i:04d}" for i in range(min(PER_SHARD, rows - start))]
         if path.exists(): continue
         save_embeddings(path, synthetic_rows(shard, len(keys), d, groups), keys, shard=path.stem, teacher="synthetic", pooling="none", layer=0, prompt="{}",
-                        keys=json.dumps(keys), skipped="{}", distinct=len(keys), crc32=json.dumps([zlib.crc32(k.encode()) for k in keys]))
+                        keys=json.dumps(keys), skipped="{}", **dict.fromkeys(("crc32", "folded"), json.dumps([zlib.crc32(k.encode()) for k in keys])))
 
 
 def peak_gb() -> float:
