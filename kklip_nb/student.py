@@ -48,11 +48,7 @@ def _create_clip(name: str, pretrained: str | None, **settings: Any) -> nn.Modul
 class Towers(nn.Module):
     "An open_clip model as this course uses it: two encoders, a clipped scale, and BatchNorm statistics that stay."
 
-    def __init__(
-        self,
-        clip: nn.Module,  # an open_clip model
-        fixed_norms: bool = True,  # keep BatchNorm's statistics, since they belong to the weights
-    ):
+    def __init__(self, clip: nn.Module, fixed_norms: bool = True):  # open_clip's model; keep BatchNorm's statistics?
         super().__init__()
         self.clip, self.fixed_norms = clip, fixed_norms
 
@@ -81,8 +77,8 @@ class Towers(nn.Module):
     def train(self, mode: bool = True) -> "Towers":
         "Training mode, except for BatchNorm where its statistics are fixed."
         super().train(mode)
-        norms = (m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        for norm in norms: norm.train(mode and not self.fixed_norms)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm): module.train(mode and not self.fixed_norms)
         return self
 
 # %% ../nbs/03_student.ipynb #b1f85712
@@ -194,10 +190,7 @@ class Student(Towers):
         _lock_image(clip.visual, train_image)
         _freeze_unread(clip)
 
-    def predict_teacher(
-        self,
-        text_features: torch.Tensor,  # (n, d) not normalised
-    ) -> torch.Tensor:  # (n, teacher_dim)
+    def predict_teacher(self, text_features: torch.Tensor) -> torch.Tensor:  # (n, d), not normalised → (n, teacher_dim)
         "The normalised text features, mapped up to the teacher's dimension."
         return self.to_teacher(F.normalize(text_features, dim=1))
 
