@@ -85,7 +85,8 @@ def spread_out(
     candidates = sample[picks]
     sums, counts = np.zeros(candidates.shape), np.zeros(len(candidates), int)
     for part in np.array_split(sample, slices): add_up(part, candidates, sums, counts)
-    candidates[counts > 0] = sums[counts > 0] / counts[counts > 0, None]
+    sums /= np.maximum(counts, 1)[:, None]
+    np.copyto(candidates, sums, "same_kind", where=(counts > 0)[:, None])  # no further copy in memory
     return candidates, counts
 
 # %% ../../nbs/scale/03_clustering.ipynb #5e020013
@@ -97,10 +98,11 @@ def first_centroids(
 ) -> np.ndarray:  # (k, d) float32
     "k-means over candidates, then over a sample of 32 rows a concept; on one thread, so that a seed gives one start."
     sample = draw_rows(sidecars, scale, 32 * k, seed)
-    candidates, weights = spread_out(sample, k, seed, slices=-(-len(sample) // 4096))
-    with threadpool_limits(1):
-        start = KMeans(k, n_init=1, random_state=seed).fit(candidates, sample_weight=weights).cluster_centers_
-        return KMeans(k, init=start, n_init=1, max_iter=20, copy_x=False).fit(sample).cluster_centers_
+    candidates, weights = spread_out(sample, k, seed, slices=-(-len(sample) // 2048))
+    with threadpool_limits(1):  # float64, since scikit-learn converts float32 at each step; tol=0 spares a copy of the sample
+        picked = KMeans(k, n_init=1, random_state=seed).fit(candidates.astype(float), sample_weight=weights)
+        start = picked.cluster_centers_.astype(np.float32)
+        return KMeans(k, init=start, n_init=1, max_iter=10, tol=0, copy_x=False).fit(sample).cluster_centers_
 
 # %% ../../nbs/scale/03_clustering.ipynb #0d9d1e57
 def _move(state: dict[str, np.ndarray]) -> None:
