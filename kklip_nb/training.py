@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from .concepts import Concepts, apply_scale, fit_concepts, fit_scale, label_entropy, soft_labels
 from .data import Pairs, caption_batches, load_openmoji, load_words
@@ -139,7 +138,7 @@ def compute_losses(
 
 # %% ../nbs/06_training.ipynb #4cdb7472
 def make_optimizer(
-    student: nn.Module,
+    student: torch.nn.Module,
     lr: float,  # peak learning rate
     weight_decay: float,  # of matrices; biases, norms and logit_scale get none
 ) -> torch.optim.AdamW:
@@ -170,8 +169,8 @@ def optimizer_step(
     "One step along the gradients, none where their length is not finite; logit_scale never leaves its range."
     for group in optimizer.param_groups: group["lr"] = lr
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if max_norm is not None: nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_norm is not None: torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     norm = norm.item()
     if math.isfinite(norm): optimizer.step()
     with torch.no_grad(): student.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
@@ -235,13 +234,11 @@ def save_checkpoint(
         tensors |= {f"optimizer.{number}.{k}": torch.as_tensor(v).contiguous() for k, v in state.items()}
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available(): tensors["random_cuda"] = torch.cuda.get_rng_state()
-    metadata = dict(kind="kklip_nb checkpoint", recipe=json.dumps(dataclasses.asdict(recipe)), epoch=str(epoch),
-                    history=json.dumps(history))
-    return write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
+    metadata = dict(recipe=json.dumps(dataclasses.asdict(recipe)), epoch=str(epoch), history=json.dumps(history))
+    return write_atomically(path, lambda part: save_file(tensors, part, dict(kind="kklip_nb checkpoint") | metadata))
 
 # %% ../nbs/06_training.ipynb #69b6d14c
 def _read_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    "Metadata and tensors, or an error that says what to do; nothing in the file is ever run."
     if not Path(path).exists(): raise FileNotFoundError(f"no checkpoint at {path}; train first")
     try:
         with safe_open(path, framework="pt") as file:
@@ -250,17 +247,6 @@ def _read_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, torch.
         raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it and train again") from error
     check_found(path, metadata, dict(kind="kklip_nb checkpoint"), "give the path of a checkpoint of this package")
     return metadata, tensors
-
-
-def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    "Optimiser and random state as they were."
-    state: dict[int, dict] = {}
-    for key, value in tensors.items():
-        kind, *place = key.split(".")
-        if kind == "optimizer": state.setdefault(int(place[0]), {})[place[1]] = value
-    optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
-    torch.set_rng_state(tensors["random"])
-    if "random_cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["random_cuda"])
 
 # %% ../nbs/06_training.ipynb #b59ec49f
 def load_checkpoint(
@@ -274,7 +260,13 @@ def load_checkpoint(
     advice = "it belongs to another recipe: go on with that one, or use another folder"
     check_found(path, json.loads(metadata["recipe"]), dataclasses.asdict(recipe), advice)
     student.load_state_dict({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")})
-    if optimizer is not None: _restore(optimizer, tensors)
+    if optimizer is not None:
+        state: dict[int, dict] = {}
+        for kind, *place, value in ((*k.split("."), v) for k, v in tensors.items()):
+            if kind == "optimizer": state.setdefault(int(place[0]), {})[place[1]] = value
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
+        torch.set_rng_state(tensors["random"])
+        if "random_cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["random_cuda"])
     return int(metadata["epoch"]), json.loads(metadata["history"])
 
 # %% ../nbs/06_training.ipynb #bd0814de
