@@ -22,7 +22,7 @@ from scipy import stats
 
 from ..evaluation import seed_interval
 from ..tools import write_atomically
-from ..training import LAPTOP, Recipe
+from ..recipe import LAPTOP, Recipe
 
 # %% ../../nbs/evidence/05_study.ipynb #6bef2588
 SEEDS = range(5)  # of weights, split of train against validation, order, k-means; the test sets never move

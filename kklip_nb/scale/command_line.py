@@ -268,7 +268,7 @@ def recipe_named(
     argv: Sequence[str],  # the arguments
 ) -> Any:  # a Recipe without words
     "The recipe that --recipe names; read ahead, since it decides what the other options start from."
-    from kklip_nb.training import LAPTOP, PAPER
+    from kklip_nb.recipe import LAPTOP, PAPER
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", nargs="?")
     return dataclasses.replace(PAPER if early.parse_known_args(argv)[0].recipe == "paper" else LAPTOP, **NO_WORDS)

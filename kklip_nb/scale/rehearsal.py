@@ -29,7 +29,7 @@ from .long_run import train_shards
 from .shards import list_shards, open_picture, read_shard, usable_samples, write_shards
 from ..student import Student, _create_clip, _model_config, check_activation
 from ..teacher import Teacher, _unpacked_teacher, embed_captions, packaged_teacher
-from ..training import Recipe
+from ..recipe import Recipe
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #92a128d8
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16, auto=torch.bfloat16)  # auto: as on a GPU
