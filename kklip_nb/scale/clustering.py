@@ -99,8 +99,8 @@ def first_centroids(
     "k-means over candidates, then over a sample of 32 rows a concept; on one thread, so that a seed gives one start."
     sample = draw_rows(sidecars, scale, 32 * k, seed)
     candidates, weights = spread_out(sample, k, seed, slices=-(-len(sample) // 2048))
-    with threadpool_limits(1):  # float64, since scikit-learn converts float32 at each step; tol=0 spares a copy of the sample
-        picked = KMeans(k, n_init=1, random_state=seed).fit(candidates.astype(float), sample_weight=weights)
+    with threadpool_limits(1):  # float64, since scikit-learn converts float32 at each step; tol=0 spares copies
+        picked = KMeans(k, n_init=1, tol=0, random_state=seed).fit(candidates.astype(float), sample_weight=weights)
         start = picked.cluster_centers_.astype(np.float32)
         return KMeans(k, init=start, n_init=1, max_iter=10, tol=0, copy_x=False).fit(sample).cluster_centers_
 
