@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
-from .tools import cache_dir, file_hash, save_tensors
+from .tools import cache_dir, check_found, file_hash, save_tensors
 
 # %% ../nbs/01_teacher.ipynb #a770edec
 class Teacher(NamedTuple):
@@ -42,8 +42,7 @@ def hidden_states(
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:  # per layer (n, t, d), the token embeddings first; mask (n, t)
     "Everything the teacher computes on the way: one tensor a layer."
     tokens = teacher.tokenizer(list(captions), return_tensors="pt", padding=True).to(teacher.model.device)
-    with torch.inference_mode():
-        out = teacher.model(**tokens, output_hidden_states=True)
+    with torch.inference_mode(): out = teacher.model(**tokens, output_hidden_states=True)
     return out.hidden_states, tokens["attention_mask"]
 
 # %% ../nbs/01_teacher.ipynb #c1f32ca5
@@ -57,7 +56,6 @@ def packaged_teacher() -> Path:  # the GGUF file
 
 # %% ../nbs/01_teacher.ipynb #2bf0b5fe
 def _precision(dtype: torch.dtype) -> str: return "" if dtype == torch.float32 else f" {dtype}".replace("torch.", "")
-
 
 def packaged_source(
     dtype: torch.dtype = torch.float32,  # as in load_teacher
@@ -279,15 +277,14 @@ def load_embeddings(
     **provenance: str,  # what else must match: teacher, pooling, layer, prompt …
 ) -> np.ndarray:  # (n, d) float32
     "Read recorded embeddings; refuses a file of other captions or another teacher with a ValueError."
-    if not Path(path).exists(): raise FileNotFoundError(f"no recorded embeddings at {path}; make them with embed_captions")
+    if not Path(path).exists(): raise FileNotFoundError(f"no embeddings at {path}; make them with embed_captions")
     try:
         with safe_open(path, framework="numpy") as file:
             found, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
     except Exception as error:
-        raise ValueError(f"{path} is not a file of recorded embeddings ({error}); delete it and record again") from error
+        raise ValueError(f"{path} is no file of recorded embeddings ({error}); delete it and record again") from error
     expected = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
-    wrong = {k: (found.get(k), v) for k, v in expected.items() if found.get(k) != v}
-    if wrong: raise ValueError(f"{path} was made otherwise; as {{what: (found, expected)}}: {wrong}; record again")
+    check_found(path, found, expected, "record again")
     return embeddings.astype(np.float32)
 
 # %% ../nbs/01_teacher.ipynb #5f94f9b9
@@ -297,8 +294,7 @@ def standardise(
 ) -> np.ndarray:  # (n, d) float32, rows of length one
     "Centre, then scale each row to unit length: the cure for anisotropy, and the target of distillation."
     centred = np.asarray(embeddings, np.float32) - np.asarray(mean, np.float32)
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    return centred / np.maximum(lengths, 1e-12)
+    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 # %% ../nbs/01_teacher.ipynb #2f0c50e1
 def cached_embeddings(

@@ -40,8 +40,7 @@ def umap_project(
     if features.ndim != 2 or not np.isfinite(features).all():
         raise ValueError(f"features of shape {features.shape}, NaN or infinite in {(~np.isfinite(features)).sum()} places; expected finite (n, d)")
     if len(features) <= max(neighbours, 3):
-        raise ValueError(f"{len(features)} points with neighbours={neighbours}: everybody would be everybody's neighbour; "
-                         "give more points (four at least) or fewer neighbours")
+        raise ValueError(f"{len(features)} points, neighbours={neighbours}; give more points (4 or more) or fewer neighbours")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value")
         from umap import UMAP
@@ -100,14 +99,12 @@ def plot_concepts(
 # %% ../nbs/08_visualization.ipynb #bf9573de
 _UNSPACED = re.compile("[\u3040-\u309f\u3400-\u9fff]+")  # hiragana and Han: no spaces between words
 
-
 def _words(caption: str) -> set[str]:
     "The words of at least three letters, in any script; where words have no spaces between them, pairs of characters."
     text = unicodedata.normalize("NFC", caption).lower()
     text = "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text)  # letters and the marks on them
     pairs = {run[i:i + 2] for run in _UNSPACED.findall(text) for i in range(max(1, len(run) - 1))}
     return pairs | {w for w in _UNSPACED.sub(" ", text).split() if len(unicodedata.normalize("NFD", w)) > 2}
-
 
 def concept_names(
     captions: Sequence[str],  # n captions
@@ -142,7 +139,6 @@ def distinct_concepts(
 
 # %% ../nbs/08_visualization.ipynb #976a3f4e
 def _short(text: str, most: int) -> str: return text if len(text) <= most else text[:most - 1] + "…"
-
 
 def image_grid(
     images: Any,  # (n, size, size, 3) uint8
