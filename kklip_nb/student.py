@@ -47,23 +47,16 @@ def _create_clip(name: str, pretrained: str | None, **settings: Any) -> nn.Modul
 # %% ../nbs/03_student.ipynb #11aa6b01
 class Towers(nn.Module):
     "An open_clip model as this course uses it: two encoders, a clipped scale, and BatchNorm statistics that stay."
-
     def __init__(self, clip: nn.Module, fixed_norms: bool = True):  # open_clip's model; keep BatchNorm's statistics?
         super().__init__()
         self.clip, self.fixed_norms = clip, fixed_norms
 
-    def encode_image(
-        self,
-        images: torch.Tensor,  # (n, 3, h, w) prepared images, or (n, w) features of a frozen trunk
-    ) -> torch.Tensor:  # (n, d) image features, not normalised
-        "The image tower, or only its head where the trunk has been run before."
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:  # (n, 3, h, w), or trunk features (n, w) → (n, d)
+        "The image tower on prepared images, or only its head where the trunk has been run before; not normalised."
         return self.clip.visual.head(images) if images.ndim == 2 else self.clip.encode_image(images, normalize=False)
 
-    def encode_text(
-        self,
-        tokens: torch.Tensor,  # (n, t) token ids, t at most the context length
-    ) -> torch.Tensor:  # (n, d) text features, not normalised; the same for every t that keeps the captions whole
-        "The text tower: the features at the end-of-text token, projected."
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:  # (n, t) token ids, t at most the context → (n, d)
+        "The features at the end-of-text token, projected, not normalised; the same for all t that keep captions whole."
         missing = max(0, self.clip.context_length - tokens.shape[1])
         if missing and _ignores_padding(self.clip): return _encode_short(_text_tower(self.clip), tokens)
         return self.clip.encode_text(F.pad(tokens, (0, missing)), normalize=False)
@@ -76,8 +69,7 @@ class Towers(nn.Module):
 
     def train(self, mode: bool = True) -> "Towers":
         "Training mode, except for BatchNorm where its statistics are fixed."
-        super().train(mode)
-        for module in self.modules():
+        for module in super().train(mode).modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm): module.train(mode and not self.fixed_norms)
         return self
 

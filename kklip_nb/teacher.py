@@ -122,8 +122,8 @@ def _explain(name: str, error: Exception) -> Exception:
     "The error to raise when a teacher cannot be loaded, with what to do about it."
     if "GatedRepoError: " in "".join(traceback.format_exception(error)) or "gated repo" in str(error):
         return PermissionError(
-            f"{name} is gated. 1. Accept its licence at https://huggingface.co/{name} . 2. Make a token with read access "
-            "at https://huggingface.co/settings/tokens . 3. Run `hf auth login`, or set HF_TOKEN. "
+            f"{name} is gated. 1. Accept its licence at https://huggingface.co/{name} . 2. Make a token with read "
+            "access at https://huggingface.co/settings/tokens . 3. Run `hf auth login`, or set HF_TOKEN. "
             "Or use an open teacher: 'smollm2' (packaged) or 'HuggingFaceTB/SmolLM2-135M-Instruct'.")
     return FileNotFoundError(f"cannot load teacher {name!r}: {error}; expected 'smollm2', a local folder with a saved "
                              "transformers model, or the name of a decoder on the Hugging Face hub")
@@ -210,7 +210,7 @@ def _check_how(captions: Iterable[str], pooling: str, prompt: str) -> list[str]:
     captions = [captions] if isinstance(captions, str) else list(captions)
     if not captions: raise ValueError("no captions: expected at least one")
     bad = [c for c in captions if not isinstance(c, str) or re.search("[\ud800-\udfff]", c)]
-    if bad: raise ValueError(f"{len(bad)} captions are no text that can be encoded, such as {bad[0]!r}; drop or repair them")
+    if bad: raise ValueError(f"{len(bad)} captions cannot be encoded, such as {bad[0]!r}; drop or repair them")
     if pooling not in POOLINGS: raise ValueError(f"pooling={pooling!r}; expected one of {sorted(POOLINGS)}")
     if "{}" not in prompt: raise ValueError(f"prompt={prompt!r} has no place for the caption; put {{}} in it")
     return captions
@@ -223,8 +223,8 @@ def _token_ids(teacher: Teacher, texts: list[str]) -> list[list[int]]:
     if 0 in sizes: raise ValueError(f"the text {texts[sizes.index(0)]!r} has no tokens; drop empty captions")
     if limit is None or hasattr(config, "rope_parameters") or hasattr(config, "rope_theta"): return ids  # no table
     if longest <= (limit := min(limit, teacher.tokenizer.model_max_length)): return ids
-    raise ValueError(f"the text {texts[sizes.index(longest)][:200]!r} has {longest} tokens, but the teacher has {limit} "
-                     "positions; shorten the caption, or take another teacher")
+    raise ValueError(f"the text {texts[sizes.index(longest)][:200]!r} has {longest} tokens, but the teacher "
+                     f"has {limit} positions; shorten the caption, or take another teacher")
 
 # %% ../nbs/01_teacher.ipynb #8f8c9643
 def embed_captions(
@@ -266,7 +266,7 @@ def save_embeddings(
     "Record embeddings with their provenance; the file appears whole or not at all."
     if len(embeddings) != len(captions): raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions")
     with np.errstate(over="ignore"): half = np.ascontiguousarray(embeddings, dtype=np.float16)
-    if not np.isfinite(half).all(): raise ValueError("embeddings hold NaN, or values beyond float16's 65504; use another layer")
+    if not np.isfinite(half).all(): raise ValueError("embeddings hold NaN, or exceed float16's 65504; use another layer")
     metadata = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
     return save_tensors(path, {"embeddings": half}, metadata)
 
