@@ -210,7 +210,7 @@ def _check_how(captions: Iterable[str], pooling: str, prompt: str) -> list[str]:
     captions = [captions] if isinstance(captions, str) else list(captions)
     if not captions: raise ValueError("no captions: expected at least one")
     bad = [c for c in captions if not isinstance(c, str) or re.search("[\ud800-\udfff]", c)]
-    if bad: raise ValueError(f"{len(bad)} captions cannot be encoded, such as {bad[0]!r}; drop or repair them")
+    if bad: raise ValueError(f"{len(bad)} captions are no text that can be encoded, such as {bad[0]!r}; drop them")
     if pooling not in POOLINGS: raise ValueError(f"pooling={pooling!r}; expected one of {sorted(POOLINGS)}")
     if "{}" not in prompt: raise ValueError(f"prompt={prompt!r} has no place for the caption; put {{}} in it")
     return captions
@@ -266,7 +266,7 @@ def save_embeddings(
     "Record embeddings with their provenance; the file appears whole or not at all."
     if len(embeddings) != len(captions): raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions")
     with np.errstate(over="ignore"): half = np.ascontiguousarray(embeddings, dtype=np.float16)
-    if not np.isfinite(half).all(): raise ValueError("embeddings hold NaN, or exceed float16's 65504; use another layer")
+    if not np.isfinite(half).all(): raise ValueError("embeddings hold NaN or exceed float16's 65504; use another layer")
     metadata = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
     return save_tensors(path, {"embeddings": half}, metadata)
 

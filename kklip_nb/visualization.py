@@ -38,7 +38,7 @@ def umap_project(
     "A map of the features' neighbourhoods; distances in it mean little. Raises a ValueError for too few points."
     features = _array(features).astype(np.float32)
     if features.ndim != 2 or not np.isfinite(features).all():
-        raise ValueError(f"features {features.shape}, {(~np.isfinite(features)).sum()} NaN or infinite; expected finite (n, d)")
+        raise ValueError(f"shape {features.shape}, {(~np.isfinite(features)).sum()} not finite; expected finite (n, d)")
     if len(features) <= max(neighbours, 3):
         raise ValueError(f"{len(features)} points, neighbours={neighbours}; give more points (4+) or fewer neighbours")
     with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def concept_names(
     words: int = 2,  # words a name
 ) -> dict[int, str]:  # concept id → name, never empty: without words a caption, without captions "concept 7"
     "Name each concept by the words that are frequent in it and rare elsewhere (tf-idf over concepts)."
-    if len(captions) != len(labels): raise ValueError(f"{len(labels)} labels for {len(captions)} captions; give as many")
+    if len(captions) != len(labels): raise ValueError(f"{len(labels)} labels, {len(captions)} captions; give as many")
     bags, whole = ({c: Counter() for c in sorted({int(c) for c in labels})} for _ in range(2))
     for caption, c in zip(captions, labels):
         bags[int(c)].update(_words(caption))
