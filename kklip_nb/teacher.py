@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
-from .tools import cache_dir, file_hash, save_tensors
+from .tools import cache_dir, check_found, file_hash, save_tensors
 
 # %% ../nbs/01_teacher.ipynb #a770edec
 class Teacher(NamedTuple):
@@ -42,8 +42,7 @@ def hidden_states(
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:  # per layer (n, t, d), the token embeddings first; mask (n, t)
     "Everything the teacher computes on the way: one tensor a layer."
     tokens = teacher.tokenizer(list(captions), return_tensors="pt", padding=True).to(teacher.model.device)
-    with torch.inference_mode():
-        out = teacher.model(**tokens, output_hidden_states=True)
+    with torch.inference_mode(): out = teacher.model(**tokens, output_hidden_states=True)
     return out.hidden_states, tokens["attention_mask"]
 
 # %% ../nbs/01_teacher.ipynb #c1f32ca5
@@ -57,7 +56,6 @@ def packaged_teacher() -> Path:  # the GGUF file
 
 # %% ../nbs/01_teacher.ipynb #2bf0b5fe
 def _precision(dtype: torch.dtype) -> str: return "" if dtype == torch.float32 else f" {dtype}".replace("torch.", "")
-
 
 def packaged_source(
     dtype: torch.dtype = torch.float32,  # as in load_teacher
@@ -124,8 +122,8 @@ def _explain(name: str, error: Exception) -> Exception:
     "The error to raise when a teacher cannot be loaded, with what to do about it."
     if "GatedRepoError: " in "".join(traceback.format_exception(error)) or "gated repo" in str(error):
         return PermissionError(
-            f"{name} is gated. 1. Accept its licence at https://huggingface.co/{name} . 2. Make a token with read access "
-            "at https://huggingface.co/settings/tokens . 3. Run `hf auth login`, or set HF_TOKEN. "
+            f"{name} is gated. 1. Accept its licence at https://huggingface.co/{name} . 2. Make a token with read "
+            "access at https://huggingface.co/settings/tokens . 3. Run `hf auth login`, or set HF_TOKEN. "
             "Or use an open teacher: 'smollm2' (packaged) or 'HuggingFaceTB/SmolLM2-135M-Instruct'.")
     return FileNotFoundError(f"cannot load teacher {name!r}: {error}; expected 'smollm2', a local folder with a saved "
                              "transformers model, or the name of a decoder on the Hugging Face hub")
@@ -212,7 +210,7 @@ def _check_how(captions: Iterable[str], pooling: str, prompt: str) -> list[str]:
     captions = [captions] if isinstance(captions, str) else list(captions)
     if not captions: raise ValueError("no captions: expected at least one")
     bad = [c for c in captions if not isinstance(c, str) or re.search("[\ud800-\udfff]", c)]
-    if bad: raise ValueError(f"{len(bad)} captions are no text that can be encoded, such as {bad[0]!r}; drop or repair them")
+    if bad: raise ValueError(f"{len(bad)} captions are no text that can be encoded, such as {bad[0]!r}; drop them")
     if pooling not in POOLINGS: raise ValueError(f"pooling={pooling!r}; expected one of {sorted(POOLINGS)}")
     if "{}" not in prompt: raise ValueError(f"prompt={prompt!r} has no place for the caption; put {{}} in it")
     return captions
@@ -225,8 +223,8 @@ def _token_ids(teacher: Teacher, texts: list[str]) -> list[list[int]]:
     if 0 in sizes: raise ValueError(f"the text {texts[sizes.index(0)]!r} has no tokens; drop empty captions")
     if limit is None or hasattr(config, "rope_parameters") or hasattr(config, "rope_theta"): return ids  # no table
     if longest <= (limit := min(limit, teacher.tokenizer.model_max_length)): return ids
-    raise ValueError(f"the text {texts[sizes.index(longest)][:200]!r} has {longest} tokens, but the teacher has {limit} "
-                     "positions; shorten the caption, or take another teacher")
+    raise ValueError(f"the text {texts[sizes.index(longest)][:200]!r} has {longest} tokens, but the teacher "
+                     f"has {limit} positions; shorten the caption, or take another teacher")
 
 # %% ../nbs/01_teacher.ipynb #8f8c9643
 def embed_captions(
@@ -268,7 +266,7 @@ def save_embeddings(
     "Record embeddings with their provenance; the file appears whole or not at all."
     if len(embeddings) != len(captions): raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions")
     with np.errstate(over="ignore"): half = np.ascontiguousarray(embeddings, dtype=np.float16)
-    if not np.isfinite(half).all(): raise ValueError("embeddings hold NaN, or values beyond float16's 65504; use another layer")
+    if not np.isfinite(half).all(): raise ValueError("embeddings hold NaN or exceed float16's 65504; use another layer")
     metadata = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
     return save_tensors(path, {"embeddings": half}, metadata)
 
@@ -279,15 +277,14 @@ def load_embeddings(
     **provenance: str,  # what else must match: teacher, pooling, layer, prompt …
 ) -> np.ndarray:  # (n, d) float32
     "Read recorded embeddings; refuses a file of other captions or another teacher with a ValueError."
-    if not Path(path).exists(): raise FileNotFoundError(f"no recorded embeddings at {path}; make them with embed_captions")
+    if not Path(path).exists(): raise FileNotFoundError(f"no embeddings at {path}; make them with embed_captions")
     try:
         with safe_open(path, framework="numpy") as file:
             found, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
     except Exception as error:
-        raise ValueError(f"{path} is not a file of recorded embeddings ({error}); delete it and record again") from error
+        raise ValueError(f"{path} is no file of recorded embeddings ({error}); delete it and record again") from error
     expected = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
-    wrong = {k: (found.get(k), v) for k, v in expected.items() if found.get(k) != v}
-    if wrong: raise ValueError(f"{path} was made otherwise; as {{what: (found, expected)}}: {wrong}; record again")
+    check_found(path, found, expected, "record again")
     return embeddings.astype(np.float32)
 
 # %% ../nbs/01_teacher.ipynb #5f94f9b9
@@ -297,8 +294,7 @@ def standardise(
 ) -> np.ndarray:  # (n, d) float32, rows of length one
     "Centre, then scale each row to unit length: the cure for anisotropy, and the target of distillation."
     centred = np.asarray(embeddings, np.float32) - np.asarray(mean, np.float32)
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    return centred / np.maximum(lengths, 1e-12)
+    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 # %% ../nbs/01_teacher.ipynb #2f0c50e1
 def cached_embeddings(

@@ -35,13 +35,12 @@ def umap_project(
     seed: int = 0,  # UMAP is random: the same seed gives the same picture
     neighbours: int = 15,  # how much of the surroundings each point sees, itself included; less than n
 ) -> np.ndarray:  # (n, 2)
-    "A map of the features' neighbourhoods in the plane; distances in it mean little. Raises a ValueError for too few points."
+    "A map of the features' neighbourhoods; distances in it mean little. Raises a ValueError for too few points."
     features = _array(features).astype(np.float32)
     if features.ndim != 2 or not np.isfinite(features).all():
-        raise ValueError(f"features of shape {features.shape}, NaN or infinite in {(~np.isfinite(features)).sum()} places; expected finite (n, d)")
+        raise ValueError(f"shape {features.shape}, {(~np.isfinite(features)).sum()} not finite; expected finite (n, d)")
     if len(features) <= max(neighbours, 3):
-        raise ValueError(f"{len(features)} points with neighbours={neighbours}: everybody would be everybody's neighbour; "
-                         "give more points (four at least) or fewer neighbours")
+        raise ValueError(f"{len(features)} points, neighbours={neighbours}; give more points (4+) or fewer neighbours")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value")
         from umap import UMAP
@@ -61,7 +60,7 @@ def plot_images(
         ax.add_artist(AnnotationBbox(OffsetImage(image, zoom=zoom, resample=True), point, frameon=False))
     if len(points):
         low, high = points.min(0), points.max(0)
-        pad = np.where(high > low, 0.1 * (high - low), 1)  # of one point, or many in one line, the axis would have no length
+        pad = np.where(high > low, 0.1 * (high - low), 1)  # of points in one line the axis would have no length
         ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, parse_math=False)
@@ -90,16 +89,15 @@ def plot_concepts(
     ax, points, labels, show = ax or plt.gca(), _array(points), _array(labels), [int(c) for c in show]
     rest = ~np.isin(labels, show)
     ax.scatter(*points[rest].T, s=4, c="#bbbbbb", linewidths=0)
-    for concept in show:
-        name = names[concept].replace("$", r"\$")  # in a legend "$" would begin a formula
-        ax.scatter(*points[labels == concept].T, s=22, label=name, edgecolors="black", linewidths=0.3, **concept_style(concept))
+    for c in show:
+        name = names[c].replace("$", r"\$")  # in a legend "$" would begin a formula
+        ax.scatter(*points[labels == c].T, s=22, label=name, edgecolors="black", linewidths=0.3, **concept_style(c))
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, parse_math=False)
     return ax
 
 # %% ../nbs/08_visualization.ipynb #bf9573de
 _UNSPACED = re.compile("[\u3040-\u309f\u3400-\u9fff]+")  # hiragana and Han: no spaces between words
-
 
 def _words(caption: str) -> set[str]:
     "The words of at least three letters, in any script; where words have no spaces between them, pairs of characters."
@@ -108,14 +106,13 @@ def _words(caption: str) -> set[str]:
     pairs = {run[i:i + 2] for run in _UNSPACED.findall(text) for i in range(max(1, len(run) - 1))}
     return pairs | {w for w in _UNSPACED.sub(" ", text).split() if len(unicodedata.normalize("NFD", w)) > 2}
 
-
 def concept_names(
     captions: Sequence[str],  # n captions
     labels: Sequence[int],  # n concept ids
     words: int = 2,  # words a name
 ) -> dict[int, str]:  # concept id → name, never empty: without words a caption, without captions "concept 7"
     "Name each concept by the words that are frequent in it and rare elsewhere (tf-idf over concepts)."
-    if len(captions) != len(labels): raise ValueError(f"{len(captions)} captions with {len(labels)} labels; expected one label a caption")
+    if len(captions) != len(labels): raise ValueError(f"{len(labels)} labels, {len(captions)} captions; give as many")
     bags, whole = ({c: Counter() for c in sorted({int(c) for c in labels})} for _ in range(2))
     for caption, c in zip(captions, labels):
         bags[int(c)].update(_words(caption))
@@ -143,7 +140,6 @@ def distinct_concepts(
 # %% ../nbs/08_visualization.ipynb #976a3f4e
 def _short(text: str, most: int) -> str: return text if len(text) <= most else text[:most - 1] + "…"
 
-
 def image_grid(
     images: Any,  # (n, size, size, 3) uint8
     titles: Sequence[str],  # n titles; may be empty strings; cut after 100 characters
@@ -151,7 +147,7 @@ def image_grid(
     title: str = "",  # what to see
 ) -> plt.Figure:
     "Pictures in rows, each with its caption."
-    if len(images) != len(titles): raise ValueError(f"{len(images)} images with {len(titles)} titles; expected one title a picture")
+    if len(images) != len(titles): raise ValueError(f"{len(titles)} titles for {len(images)} images; give as many")
     rows = max(1, -(-len(images) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.75 * rows), squeeze=False)
     for ax in axes.flat: ax.axis("off")
@@ -173,7 +169,7 @@ def plot_similarities(
     "A similarity matrix: bright on the diagonal where each image finds its caption."
     ax, similarities = ax or plt.gca(), _array(similarities)
     if similarities.ndim != 2 or not 0 < similarities.shape[1] == len(captions):
-        raise ValueError(f"similarities of shape {similarities.shape} with {len(captions)} captions; expected (images, captions)")
+        raise ValueError(f"similarities {similarities.shape}, {len(captions)} captions; expected (images, captions)")
     drawn = ax.imshow(similarities, cmap="viridis")
     labels = [_short(caption, 60) for caption in captions]
     ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7, parse_math=False)
