@@ -36,12 +36,10 @@ def _hit_chance(places: int, ties: int, good: int) -> float:
 def _ties(similarities: Any, right: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "For each query: candidates above its best right answer, those as good, and the right ones among these."
     scores, right = finite_matrix("similarities", similarities), np.asarray(right, bool)
-    if scores.shape != right.shape or not right.any(1).all():
-        raise ValueError(f"similarities {scores.shape} and right {right.shape} need one shape and a right answer a row")
+    if scores.shape != right.shape or not right.any(1).all(): raise ValueError(f"similarities {scores.shape} and right {right.shape} need one shape and a right answer a row")
     best = np.where(right, scores, -np.inf).max(1, keepdims=True)
     tied = scores == best
     return (scores > best).sum(1), tied.sum(1), (tied & right).sum(1)
-
 
 def hits_at_k(
     similarities: np.ndarray,  # (n, m) of n queries with m candidates
@@ -63,10 +61,8 @@ def first_place(
 # %% ../nbs/07_evaluation.ipynb #3064aaab
 def _unit_pairs(image_features: Any, text_features: Any) -> tuple[np.ndarray, np.ndarray]:
     images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
-    if images.shape != texts.shape:
-        raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
+    if images.shape != texts.shape: raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
     return images, texts
-
 
 def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
     "(n, n) cosines of images with texts; rounded, so that equal features tie whatever the order of summation."
@@ -175,7 +171,6 @@ def _finite_numbers(values: Any) -> np.ndarray:
     if x.ndim != 1 or not x.size: raise ValueError(f"values have shape {x.shape}; expected (n,), n not 0")
     return finite_matrix("values", x[None])[0]
 
-
 def bootstrap_interval(
     values: Sequence[float],  # one number a test item, such as 0 or 1 for a hit
     groups: Sequence | None = None,  # items of one group are drawn together, such as a base concept
@@ -189,9 +184,7 @@ def bootstrap_interval(
     _, group = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.percentile(sums[picks].sum(1) / counts[picks].sum(1), [2.5, 97.5]).tolist())
 
 # %% ../nbs/07_evaluation.ipynb #4df76a17
 def seed_interval(
@@ -226,13 +219,8 @@ def item_scores(
 
 # %% ../nbs/07_evaluation.ipynb #76256895
 def evaluate(
-    image_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
-    text_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
-    encode: Callable[[list[str]], Any],  # captions → text features, for the class names
-    classes: Sequence[str | None],  # n classes; a pair without one is left out of classification
-    train: np.ndarray,  # rows that the neighbours come from
-    test: np.ndarray,  # rows that are scored
-) -> dict[str, float]:
+    image_features, text_features, encode, classes, train, test,  # as in item_scores
+) -> dict[str, float]:  # means, medians of the ranks, uniformity and alignment
     "All metrics of one student on one part of the split."
     items = item_scores(image_features, text_features, encode, classes, train, test)
     scores = {k: np.median(v) if k.endswith("median_rank") else v.mean() for k, v in items.items()}

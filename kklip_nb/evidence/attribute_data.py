@@ -52,29 +52,12 @@ def _matrix(path: Path, shape: tuple[int, int]) -> np.ndarray:
     "(classes, attributes) float64, NaN where the file has -1."
     rows = [line.split() for line in _lines(path, "a matrix of classes by attributes")]
     widths = sorted({len(r) for r in rows})
-    if (len(rows), widths) != (shape[0], [shape[1]]):
-        raise ValueError(f"{path} has {len(rows)} rows of {widths} numbers; expected {shape[0]} classes by {shape[1]} attributes")
+    if (len(rows), widths) != (shape[0], [shape[1]]): raise ValueError(f"{path} has {len(rows)} rows of {widths} numbers; expected {shape[0]} classes by {shape[1]}")
     try: matrix = np.array(rows, dtype=np.float64)
     except ValueError as error: raise ValueError(f"{path} holds what is no number: {error}") from error
-    if not (np.isfinite(matrix).all() and ((matrix == -1) | (matrix >= 0)).all()):
-        raise ValueError(f"{path} holds {matrix.min():g} … {matrix.max():g}; expected numbers from 0, or -1 for missing")
+    valid = (matrix == -1) | (matrix >= 0) & (matrix < np.inf)
+    if not valid.all(): raise ValueError(f"{path} holds {matrix[~valid][0]:g}; expected numbers from 0, or -1 for missing")
     return np.where(matrix == -1, np.nan, matrix)
-
-# %% ../../nbs/evidence/08_attribute_data.ipynb #5421b6d9
-def _awa2_matrices(folder: Path, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    "Strengths and zeros and ones; what is missing in the first is missing in the second."
-    strength, binary = (_matrix(folder / f"predicate-matrix-{f}.txt", shape) for f in ("continuous", "binary"))
-    if odd := sorted(set(binary[~np.isnan(binary)]) - {0.0, 1.0}):
-        raise ValueError(f"{folder / 'predicate-matrix-binary.txt'} holds {odd[0]:g}; expected 0, 1, or -1 for missing")
-    return strength, np.where(np.isnan(strength), np.nan, binary)
-
-# %% ../../nbs/evidence/08_attribute_data.ipynb #d41afad0
-def _awa2_images(folder: Path, names: list[str]) -> tuple[list[Path], np.ndarray]:
-    "Files below JPEGImages/<class>, in order, and the number of each one's class."
-    files = [sorted((folder / "JPEGImages" / n).glob("*.jpg")) for n in names]
-    if empty := [n for n, f in zip(names, files) if not f]:
-        raise FileNotFoundError(f"no .jpg in {folder / 'JPEGImages' / empty[0]} ({len(empty)} of {len(names)} classes have none)")
-    return sum(files, []), np.repeat(np.arange(len(names)), [len(f) for f in files])
 
 # %% ../../nbs/evidence/08_attribute_data.ipynb #63e4c52a
 def load_awa2(
@@ -84,38 +67,35 @@ def load_awa2(
     "Animals with Attributes 2 in its official layout; raises FileNotFoundError or ValueError that name the file."
     folder = Path(folder)
     classes, predicates = _numbered(folder / "classes.txt"), _numbered(folder / "predicates.txt")
-    strength, binary = _awa2_matrices(folder, (len(classes), len(predicates)))
+    strength, binary = (_matrix(folder / f"predicate-matrix-{f}.txt", (len(classes), len(predicates))) for f in ("continuous", "binary"))
+    if odd := {*binary[~np.isnan(binary)]} - {0.0, 1.0}: raise ValueError(f"{folder / 'predicate-matrix-binary.txt'} holds {min(odd):g}; expected 0, 1, or -1 for missing")
+    binary[np.isnan(strength)] = np.nan
     train, test = (_lines(folder / f"{part}classes.txt", "names of classes, one a line") for part in ("train", "test"))
     if unknown := {*train, *test} - {*classes}: raise ValueError(f"trainclasses.txt or testclasses.txt lists {min(unknown)!r}, which classes.txt does not")
     if both := {*train} & {*test}: raise ValueError(f"class {min(both)!r} is in trainclasses.txt and in testclasses.txt")
-    images, numbers = _awa2_images(folder, classes)
+    files = [sorted((folder / "JPEGImages" / n).glob("*.jpg")) for n in classes]
+    if empty := [n for n, f in zip(classes, files) if not f]: raise FileNotFoundError(f"no .jpg for {empty[0]} ({len(empty)} of {len(classes)} classes) in {folder / 'JPEGImages'}")
+    numbers = np.repeat(np.arange(len(classes)), [len(f) for f in files])
     rows = [np.flatnonzero(np.isin(np.array(classes)[numbers], part)) for part in (train, test)]
-    return AttributeData(images, numbers, classes, predicates, strength if continuous else binary, False, *rows)
-
-# %% ../../nbs/evidence/08_attribute_data.ipynb #1a81c0dc
-def _cub_label(line: str, shape: tuple[int, int], certainties: int) -> tuple[int, int, float]:
-    "Row, column and value of 'image attribute present certainty time'; surplus fields before the time are passed over."
-    fields = line.split()
-    if len(fields) < 5 or not all(f.isdecimal() for f in fields[:4]):
-        raise ValueError(f"{line.strip()!r}; expected 'image attribute present certainty time'")
-    image, attribute, present, certainty = map(int, fields[:4])
-    if not (1 <= image <= shape[0] and 1 <= attribute <= shape[1] and present <= 1 and 1 <= certainty <= certainties):
-        raise ValueError(f"{line.strip()!r}; expected image 1 … {shape[0]}, attribute 1 … {shape[1]}, present 0 or 1, certainty 1 … {certainties}")
-    return image - 1, attribute - 1, np.nan if certainty == 1 else float(present)
+    return AttributeData(sum(files, []), numbers, classes, predicates, strength if continuous else binary, False, *rows)
 
 # %% ../../nbs/evidence/08_attribute_data.ipynb #7c65592d
 def _cub_labels(folder: Path, shape: tuple[int, int]) -> np.ndarray:
-    "(images, attributes) of 0 and 1, NaN where not visible."
+    "(images, attributes) of 0 and 1, NaN where not visible; surplus fields before the time are passed over."
     path, certainties = folder / "image_attribute_labels.txt", _numbered(folder / "certainties.txt")
     if certainties[0] != "not visible": raise ValueError(f"{folder / 'certainties.txt'}: 1 is {certainties[0]!r}; expected 'not visible'")
     if not path.is_file(): raise FileNotFoundError(f"no {path}: expected a line an image and attribute")
-    values, seen = np.full(shape, np.nan), np.zeros(shape, bool)
+    values, seen, limits = np.full(shape, np.nan), np.zeros(shape, bool), ((1, shape[0]), (1, shape[1]), (0, 1), (1, len(certainties)))
+    wanted = "'image attribute present certainty time', image {} … {}, attribute {} … {}, present {} or {}, certainty {} … {}".format(*sum(limits, ()))
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            try: row, column, value = _cub_label(line, shape, len(certainties))
-            except ValueError as error: raise ValueError(f"{path}, line {number}: {error}") from None
-            if seen[row, column]: raise ValueError(f"{path}, line {number}: image {row + 1}, attribute {column + 1} a second time")
-            values[row, column], seen[row, column] = value, True
+            fields = line.split()
+            found = [int(f) for f in fields[:4] if f.isdecimal()]
+            if len(fields) < 5 or len(found) < 4 or not all(low <= n <= high for n, (low, high) in zip(found, limits)):
+                raise ValueError(f"{path}, line {number}: {line.strip()!r}; expected {wanted}")
+            at = found[0] - 1, found[1] - 1
+            if seen[at]: raise ValueError(f"{path}, line {number}: image {found[0]}, attribute {found[1]} a second time")
+            values[at], seen[at] = np.nan if found[3] == 1 else found[2], True
     if not seen.all(): raise ValueError(f"{path} lacks {(~seen).sum()} of {seen.size} labels; it may be cut off")
     return values
 
@@ -124,10 +104,9 @@ def _image_numbers(path: Path, count: int, low: int, high: int) -> np.ndarray:
     "(count,) int64 from lines 'image value', each value in low … high."
     values = _numbered(path)
     if len(values) != count: raise ValueError(f"{path} has {len(values)} lines; expected {count}, one an image")
-    for number, value in enumerate(values, 1):
-        if not (value.isdecimal() and low <= int(value) <= high):
-            raise ValueError(f"{path}, line {number}: {value!r}; expected a whole number from {low} to {high}")
-    return np.array([int(v) for v in values])
+    wrong = [(i, v) for i, v in enumerate(values, 1) if not (v.isdecimal() and low <= int(v) <= high)]
+    if wrong: raise ValueError(f"{path}, line {wrong[0][0]}: {wrong[0][1]!r}; expected a whole number from {low} to {high}")
+    return np.array(values, dtype=np.int64)
 
 # %% ../../nbs/evidence/08_attribute_data.ipynb #71249cca
 def load_cub(
@@ -147,9 +126,7 @@ def load_cub(
     return AttributeData(images, numbers, classes, attributes, values, True, np.flatnonzero(is_train), np.flatnonzero(is_train == 0))
 
 # %% ../../nbs/evidence/08_attribute_data.ipynb #cfe8ed66
-def image_attributes(
-    data: AttributeData,
-) -> np.ndarray:  # (n, k) attributes of each image; NaN: missing
+def image_attributes(data: AttributeData) -> np.ndarray:  # (n, k) attributes of each image; NaN: missing
     "Attributes of images: those of its class where they belong to classes."
     what, owners = ("an image", data.images) if data.per_image else ("a class", data.class_names)
     if len(data.attributes) != len(owners): raise ValueError(f"attributes have {len(data.attributes)} rows; expected one {what} ({len(owners)})")

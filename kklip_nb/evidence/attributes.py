@@ -42,11 +42,8 @@ def average_precisions(
 ) -> np.ndarray:  # (k,) NaN where there is no score, no positive or no negative
     "scikit-learn's average precision of each attribute over the images whose truth is known."
     scores, truth = _check_scores(scores, truth)
-    values = np.full(scores.shape[1], np.nan)
-    for column, (s, y) in enumerate(zip(scores.T, truth.T)):
-        known = ~np.isnan(y)
-        if not np.isnan(s).any() and len(np.unique(y[known])) == 2: values[column] = average_precision_score(y[known], s[known])
-    return values
+    scored = lambda s, y: not np.isnan(s).any() and {0.0, 1.0} <= {*y}
+    return np.array([average_precision_score(y[y >= 0], s[y >= 0]) if scored(s, y) else np.nan for s, y in zip(scores.T, truth.T)])
 
 # %% ../../nbs/evidence/03_attributes.ipynb #c0f15012
 def chance_precision(
@@ -87,14 +84,6 @@ def _weighted_precisions(scores: np.ndarray, truth: np.ndarray, weights: np.ndar
     gained = np.diff(hits, axis=1, prepend=0)
     with np.errstate(invalid="ignore"): return (gained * hits / np.maximum(drawn, 1e-12)).sum(1) / hits[:, -1]
 
-# %% ../../nbs/evidence/03_attributes.ipynb #3e333894
-def _group_weights(groups: Sequence, seed: int, draws: int) -> np.ndarray:
-    "(draws, n) how often each image is drawn when whole groups are drawn with replacement."
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    count = group.max() + 1
-    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
-    return np.stack([np.bincount(p, minlength=count) for p in picks])[:, group]
-
 # %% ../../nbs/evidence/03_attributes.ipynb #625d00d7
 def map_interval(
     scores: np.ndarray,  # (n, k)
@@ -107,7 +96,9 @@ def map_interval(
     "Bootstrap over groups of images; an attribute whose positives are not drawn is left out of that draw."
     scores, truth = _check_scores(scores, truth)
     if len(groups) != len(scores): raise ValueError(f"{len(groups)} groups for {len(scores)} images; expected one each")
-    weights = _group_weights(groups, seed, draws)
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    weights = np.stack([np.bincount(p, minlength=len(names)) for p in picks])[:, group]  # how often each draw has each image
     known, filled = ~np.isnan(truth), np.nan_to_num(truth)
     usable = np.flatnonzero(~np.isnan(average_precisions(scores, truth)))
     per_draw = lambda s: np.nanmean([_weighted_precisions(s[known[:, k], k], filled[known[:, k], k], weights[:, known[:, k]]) for k in usable], axis=0)
@@ -121,7 +112,6 @@ def map_interval(
 COLOUR_NAMES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 _HUE_ENDS, _HUE_NAMES = (12, 45, 65, 165, 255, 310, 345), (0, 1, 2, 3, 4, 5, 6, 0)  # degrees; numbers into COLOUR_NAMES
 
-# %% ../../nbs/evidence/03_attributes.ipynb #aa4ff3ea
 def colour_shares(
     images: np.ndarray,  # (n, size, size, 3) uint8
     step: int = 4,  # every so many pixels each way
@@ -171,24 +161,19 @@ def openmoji_attributes(
 # %% ../../nbs/evidence/03_attributes.ipynb #785eba18
 def _scene_truth(scene: Scene) -> dict[str, dict[str, float]]:
     "family → attribute → 0, 1, or NaN where neither picture nor caption settles it."
-    things = scene.things
-    said = lambda field: {getattr(t, field) for t in things}
-    plain = any(t.adjective not in COLOURS for t in things)  # drawn in its own colours
-    two, related = len(things) == 2, scene.relation in RELATIONS
+    said, two = lambda field: {getattr(t, field) for t in scene.things}, len(scene.things) == 2
+    plain = any(t.adjective not in COLOURS for t in scene.things)  # drawn in its own colours
     is_in = lambda table, values, otherwise=0.0: {str(w): 1.0 if w in values else otherwise for w in table}
     return {"noun": is_in(NOUNS, said("noun")),
             "colour": is_in(COLOURS, said("adjective"), np.nan if plain else 0.0),
             "size": is_in(SIZES, said("adjective")),
             "count": {COUNTS[c]: float(c in said("count")) for c in COUNTS},
-            "relation": is_in(RELATIONS, {scene.relation}) if two and related else dict.fromkeys(RELATIONS, np.nan),
+            "relation": is_in(RELATIONS, {scene.relation}) if two and scene.relation in RELATIONS else dict.fromkeys(RELATIONS, np.nan),
             "place": dict.fromkeys(PLACES, np.nan) if two else is_in(PLACES, {scene.place}),
-            "time": is_in(TIMES, {scene.time}),
-            "verb": is_in(VERBS, said("verb"))}
+            "time": is_in(TIMES, {scene.time}), "verb": is_in(VERBS, said("verb"))}
 
 # %% ../../nbs/evidence/03_attributes.ipynb #9be0a109
-def scene_attributes(
-    scenes: Sequence[Scene],
-) -> Attributes:  # families noun, colour, size, count, relation, place, time, verb
+def scene_attributes(scenes: Sequence[Scene]) -> Attributes:  # families noun, colour, size, count, relation, place, time, verb
     "The exact truth of drawn scenes; NaN where neither picture nor caption settles it."
     if not len(scenes): raise ValueError("no scenes; make some with make_scenes")
     truths = [_scene_truth(s) for s in scenes]
@@ -215,12 +200,9 @@ def map_by_family(
     "Mean average precision of each family of attributes; a family with nothing to score is missing from the result."
     truth = attributes.values if rows is None else attributes.values[rows]
     if np.shape(scores) != truth.shape: raise ValueError(f"scores have shape {np.shape(scores)}; expected {truth.shape}: n rows, and a column an attribute")
-    families = np.array(attributes.families)
-    values, usable = {}, ~np.isnan(average_precisions(scores, truth))
-    for family in [*dict.fromkeys(families), "all"]:
-        columns = families == family if family != "all" else families != ""
-        if usable[columns].any(): values[family] = mean_average_precision(scores[:, columns], truth[:, columns])
-    return values
+    families, usable = np.array(attributes.families), ~np.isnan(average_precisions(scores, truth))
+    columns = {family: families == family for family in attributes.families} | {"all": families != ""}
+    return {family: mean_average_precision(scores[:, c], truth[:, c]) for family, c in columns.items() if usable[c].any()}
 
 # %% ../../nbs/evidence/03_attributes.ipynb #cdda50d2
 def taboo_prompts(
@@ -231,10 +213,9 @@ def taboo_prompts(
     "Class descriptions with or without the class name, after VL-Taboo (Vogel et al. 2022, arXiv 2209.06103)."
     if names is None and not families: raise ValueError("neither names nor families of attributes: the prompts would be empty")
     if names is not None and len(names) != len(attributes.values): raise ValueError(f"{len(names)} names for {len(attributes.values)} rows of attributes")
-    wanted = [k for k, f in enumerate(attributes.families) if f in families]
     heads = [[]] * len(attributes.values) if names is None else [[n] for n in names]
-    lists = [head + [attributes.names[k] for k in wanted if row[k] == 1] for head, row in zip(heads, attributes.values)]
-    return [", ".join(some) or "something" for some in lists]
+    said = lambda row: [a for a, family, value in zip(attributes.names, attributes.families, row) if family in families and value == 1]
+    return [", ".join(head + said(row)) or "something" for head, row in zip(heads, attributes.values)]
 
 # %% ../../nbs/evidence/03_attributes.ipynb #0f17ea89
 def signature_scores(
@@ -243,13 +224,9 @@ def signature_scores(
 ) -> np.ndarray:  # (n, c) higher: this class fits better
     "Class prediction from attributes: standardised scores against centred signatures of length one; what is missing counts 0."
     scores, signatures = np.asarray(scores, np.float64), np.asarray(signatures, np.float64)
-    if scores.shape[1] != signatures.shape[1]:
-        raise ValueError(f"scores have shape {scores.shape}, signatures {signatures.shape}; expected the same number of attributes")
-    spread = scores.std(0)
-    z = np.where(spread > 1e-12, (scores - scores.mean(0)) / np.maximum(spread, 1e-12), 0)
-    known = ~np.isnan(signatures)
-    means = np.where(known, signatures, 0).sum(0) / np.maximum(known.sum(0), 1)
-    return np.nan_to_num(z) @ normalize(np.where(known, signatures - means, 0)).T
+    if scores.shape[1] != signatures.shape[1]: raise ValueError(f"scores {scores.shape}, signatures {signatures.shape}; expected the same number of attributes")
+    with np.errstate(invalid="ignore"): z, centred = (np.nan_to_num(StandardScaler(with_std=s).fit_transform(x)) for x, s in ((scores, True), (signatures, False)))
+    return z @ normalize(centred).T
 
 # %% ../../nbs/evidence/03_attributes.ipynb #952942f1
 def linear_probe(
@@ -264,7 +241,6 @@ def linear_probe(
     scores = np.full((len(test), truth.shape[1]), np.nan)
     for column, y in enumerate(truth.T):
         known = ~np.isnan(y)
-        if len(np.unique(y[known])) != 2: continue
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        scores[:, column] = probe.fit(train[known], y[known]).decision_function(test)
+        if len(np.unique(y[known])) == 2: scores[:, column] = probe.fit(train[known], y[known]).decision_function(test)
     return scores

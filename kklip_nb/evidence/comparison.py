@@ -62,7 +62,6 @@ def comparison_differences(
     "Each row against the plain CLIP of its start."
     return compare_rows(runs, {n: r.base for n, r in COMPARISON.items() if r.base}, [("openmoji", m) for m in SHOWN])
 
-
 def comparison_table(
     runs: Sequence[Mapping[str, str]],  # lines of results/runs.csv
     chance: Mapping[str, float],  # of evaluation.chance_levels
@@ -72,7 +71,6 @@ def comparison_table(
     rows = [[n, *(level(runs, "openmoji", n, m) + "*" * ((n, "openmoji", m) in stars) for m in SHOWN)] for n in COMPARISON]
     guess = [f"{chance[m]:.0f}" if points(m) == 1 else f"{100 * chance[m]:.1f}" for m in SHOWN]
     return markdown_table(["", *SHOWN.values()], [*rows, ["*guessing*", *guess]])
-
 
 def comparison_rows(
     runs: Sequence[Mapping[str, str]],  # lines of results/runs.csv

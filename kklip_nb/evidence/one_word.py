@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from sklearn.preprocessing import normalize
 
-from .scenes import (COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES, VERBS, Scene, draw_scene,
-                                      scene_caption)
+from .scenes import COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES, VERBS, Scene, draw_scene, scene_caption
 from ..student import Towers, encode_all, prepare_images, tokenize
 from ..tools import finite_matrix
 
 # %% ../../nbs/evidence/04_one_word.ipynb #7c9bef86
 CHANGES = ("noun", "colour", "size", "count", "relation", "place", "time", "verb")
-
 
 def one_word_apart(
     a: str,  # a caption
@@ -47,10 +45,9 @@ def changed_scenes(
     "Every scene whose caption differs from this one's in exactly one word of the given kind; no noun comes twice."
     if change not in CHANGES: raise ValueError(f"change={change!r}; expected one of {CHANGES}")
     field, words = _WORDS[change]
-    if change in Scene._fields: others = [scene._replace(**{field: w}) for w in words if getattr(scene, field) in words]
-    else:
-        swap = lambda i, w: tuple(t._replace(**{field: w}) if j == i else t for j, t in enumerate(scene.things))
-        others = [scene._replace(things=swap(i, w)) for i, t in enumerate(scene.things) if getattr(t, field) in words for w in words]
+    others, things = [scene._replace(**{field: w}) for w in words if getattr(scene, field, None) in words], scene.things
+    for i, thing in enumerate(things):
+        if getattr(thing, field, None) in words: others += [scene._replace(things=(*things[:i], thing._replace(**{field: w}), *things[i + 1:])) for w in words]
     nouns = lambda s: [t.noun for t in s.things] + [s.absent]
     return [o for o in others if one_word_apart(scene_caption(o), scene_caption(scene)) and len(set(nouns(o))) == len(nouns(o))]
 
@@ -85,7 +82,6 @@ def one_word_pairs(
 # %% ../../nbs/evidence/04_one_word.ipynb #e83db65a
 _ORDERS = np.array(list(itertools.permutations(range(4))))  # every way to break a tie of four
 
-# %% ../../nbs/evidence/04_one_word.ipynb #0b7355a7
 def winoground(
     similarities: np.ndarray,  # (n, 2, 2) of n pairs: caption, image; the right ones on the diagonal
 ) -> dict[str, np.ndarray]:  # text, image, group: (n,) in 0 … 1

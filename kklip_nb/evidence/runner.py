@@ -21,7 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# %% ../../nbs/evidence/07_runner.ipynb #04757be3
 import numpy as np
 import open_clip
 import torch
@@ -30,7 +29,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-# %% ../../nbs/evidence/07_runner.ipynb #d7a8857c
 from ..data import Split, load_openmoji, load_words, split_by_base
 from ..evaluation import TEMPLATES, evaluate, retrieval_recall
 from .attributes import attribute_scores, linear_probe, mean_average_precision, openmoji_attributes, scene_attributes
@@ -38,8 +36,8 @@ from .comparison import CHOICES, COMPARISON
 from .one_word import WordPair, one_word_pairs, score_pairs
 from .scenes import Scene, bag_of_words, draw_scene, make_scenes, scene_caption, scene_material, split_scenes
 from .study import CORE, DATASETS, ENCODERS, READER, ROWS, SCENE_COUNT, SCENES, SEEDS, Row, read_rows, row_recipe, settings_hash, write_rows
-from .text_probe import (Autoencoder, autoencode, build_autoencoder, edit_distances, exact_matches, lookup,
-                                          matches_by_kind, probe_captions, student_encoder, train_autoencoder)
+from .text_probe import (Autoencoder, autoencode, build_autoencoder, edit_distances, exact_matches, lookup, matches_by_kind,
+                         probe_captions, student_encoder, train_autoencoder)
 from ..student import WordTable, build_student, cached_trunk_features, make_word_table, piece_texts
 from ..teacher import cached_embeddings, captions_hash, input_embeddings, load_teacher, packaged_source
 from ..tools import cache_dir, write_atomically
@@ -79,7 +77,6 @@ def cached_word_table(
     write_atomically(path, lambda part: save_word_table(part, table, source))
     return cached_word_table(texts, teacher, source)
 
-
 def save_word_table(path: str | Path, table: WordTable, source: str) -> None:
     "In half precision, with the teacher's name and hash."
     tensors = {"ids": np.ascontiguousarray(table.ids), "vectors": np.ascontiguousarray(table.vectors, dtype=np.float16)}  # save_file ignores strides
@@ -90,7 +87,6 @@ def save_word_table(path: str | Path, table: WordTable, source: str) -> None:
 def all_scenes() -> list[Scene]:
     "The scenes of the study, then as many again for captions without images, then more for T5 alone."
     return make_scenes(3 * SCENE_COUNT, seed=0)
-
 
 @lru_cache(maxsize=2)
 def texts_of(dataset: str) -> dict[str, list[str]]:
@@ -105,7 +101,6 @@ _MEAN = {k: SCENES[k] for k in _WORD}  # the mean over the bare caption
 _HOW = {("openmoji", "own"): _WORD, ("openmoji", "other pooling"): _MEAN, ("scenes", "own"): _MEAN, ("scenes", "other pooling"): _WORD}
 _ENCODER_VECTORS = {"teacher": "own", "teacher, other pooling": "other pooling", "MiniLM": "minilm"}
 
-
 @lru_cache(maxsize=8)
 def teacher_vectors(dataset: str, which: str, part: str) -> np.ndarray:
     "Raw embeddings of a data set's captions, 'pairs' or 'words', from the caches where they are."
@@ -115,7 +110,6 @@ def teacher_vectors(dataset: str, which: str, part: str) -> np.ndarray:
     folder = Path(spec.submodule_search_locations[0]) / "model"
     return cached_embeddings(texts_of(dataset)[part], lambda: load_teacher(str(folder)), "all-MiniLM-L6-v2 0.1.0", **_MEAN, progress=True)
 
-# %% ../../nbs/evidence/07_runner.ipynb #2a4f5313
 @lru_cache(maxsize=2)
 def base_material(dataset: str) -> Material:
     "Pairs, words and the teacher's own vectors of the pairs."
@@ -143,7 +137,6 @@ def row_material(
     random = np.random.default_rng([seed, 1])
     if row.vectors == "shuffled": vectors = [x[random.permutation(len(x))] for x in vectors]
     return material._replace(embeddings=vectors[0], word_embeddings=vectors[1] if len(parts) == 2 else vectors[0][:1])
-
 
 def split_of(dataset: str, seed: int) -> Split:
     "The rows of training, validation and test."
@@ -179,7 +172,6 @@ def probe_metrics(encode: Callable | None, seed: int) -> dict[str, float]:
     return dict(em_val=exact_matches(val, read_val).mean(), em=exact_matches(test, read).mean(),
                 edit=edit_distances(test, read).mean(), **{f"em: {k}": v for k, (v, _) in by_kind.items()})
 
-
 def score_encoder(name: str, seed: int) -> dict[str, float]:
     "The text probe of what is no student of ours."
     captions = texts_of("scenes")["pairs"]
@@ -196,7 +188,6 @@ def word_pairs() -> tuple[list[WordPair], np.ndarray]:
     test = [scenes[i] for i in split_scenes(scenes).test]
     pairs = one_word_pairs(test, READER["word_pairs"], seed=0, seen=set(map(scene_caption, scenes)) - set(map(scene_caption, test)))
     return pairs, np.stack([draw_scene(s) for p in pairs for s in (p.first, p.second)])
-
 
 def attribute_metrics(encode: Callable, images: torch.Tensor, attributes: Any, split: Split) -> dict[str, float]:
     "Mean average precision of prompts and of a linear probe."
@@ -216,7 +207,6 @@ def score_scenes(run: Any, seed: int) -> dict[str, float]:
     return (probe_metrics(encode, seed) | recall | {f"pairs_{k}": v.mean() for k, v in scores.items()} | by_change
             | attribute_metrics(encode, run.image_features, scene_attributes(all_scenes()[:SCENE_COUNT]), split))
 
-
 def score_openmoji(run: Any, seed: int, part: str, attributes: bool) -> dict[str, float]:
     "Retrieval, zero-shot and neighbours on the validation or the test rows; attributes where they are asked for."
     split, pairs, encode = split_of("openmoji", seed), base_material("openmoji").pairs, student_encoder(run.student)
@@ -226,7 +216,6 @@ def score_openmoji(run: Any, seed: int, part: str, attributes: bool) -> dict[str
 # %% ../../nbs/evidence/07_runner.ipynb #8da3a056
 LISTS = dict(compare=(COMPARISON, "runs.csv", "test"), choose=(CHOICES, "runs-val.csv", "val"), study=(ROWS, "study.csv", "test"))  # rows, file, part that is scored
 
-
 class Task(NamedTuple):
     "One run."
     study: str  # of LISTS
@@ -234,18 +223,17 @@ class Task(NamedTuple):
     name: str  # of a row, or of ENCODERS
     seed: int  # of SEEDS
 
-
 def tasks(
     study: str,  # of LISTS
     core: bool = False,  # the study's main rows alone
 ) -> list[Task]:
     "All runs of a list, in order; of the study the core first."
-    rows, encoders = LISTS[study][0], ENCODERS if study == "study" else ()
-    core_encoders = ("T5", "random encoder", "bag of words", "teacher")
-    first = [Task(study, "scenes", n, s) for n in core_encoders if encoders for s in SEEDS]
-    first += [Task(study, d, n, s) for n in CORE if encoders for s in SEEDS for d in DATASETS]
-    rest = [Task(study, d, n, s) for n, row in rows.items() for d in row.datasets for s in SEEDS] + [Task(study, "scenes", n, s) for n in encoders for s in SEEDS]
-    return first if core else list(dict.fromkeys([*first, *rest]))
+    first, last = [], []
+    if study == "study":
+        first = [Task(study, "scenes", n, s) for n in ENCODERS[:4] for s in SEEDS] + [Task(study, d, n, s) for n in CORE for s in SEEDS for d in DATASETS]
+        last = [Task(study, "scenes", n, s) for n in ENCODERS for s in SEEDS]
+    rest = [Task(study, d, n, s) for n, row in LISTS[study][0].items() for d in row.datasets for s in SEEDS]
+    return first if core else list(dict.fromkeys([*first, *rest, *last]))
 
 # %% ../../nbs/evidence/07_runner.ipynb #0e74882a
 def key_of(task: Task) -> str:  # 16 hexadecimal digits
@@ -262,8 +250,7 @@ def key_of(task: Task) -> str:  # 16 hexadecimal digits
 def one_run(task: Task) -> dict[str, Any]:  # a line of the file
     "Train and score one row with one seed, on one thread."
     torch.set_num_threads(1)
-    (study, dataset, name, seed), started = task, time.process_time()
-    rows, _, part = LISTS[study]
+    (study, dataset, name, seed), (rows, _, part), started = task, LISTS[task.study], time.process_time()
     line = dict(dataset=dataset, row=name, seed=seed, key=key_of(task))
     if study == "study": line |= dict(settings_hash=settings_hash(name, dataset, seed))
     else: line |= dict(part=part, n_rows=len(getattr(split_of(dataset, seed), part)))
@@ -281,7 +268,6 @@ def same_columns(lines: Sequence[dict]) -> list[dict[str, str]]:
     last = ["seconds", "torch", "open_clip", "transformers", "machine"]
     names = list(dict.fromkeys(k for line in lines for k in [*line, *last] if k not in last)) + [k for k in last if any(k in line for line in lines)]
     return [{k: str(line.get(k, "")) for k in names} for line in lines]
-
 
 def run_tasks(
     wanted: Sequence[Task],  # of one list

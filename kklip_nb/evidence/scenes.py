@@ -28,8 +28,6 @@ NOUNS = {n: n for n in ("anchor", "balloon", "banana", "bell", "bicycle", "bird"
                         "rabbit", "robot", "rocket", "snail", "tulip", "turtle", "umbrella")}
 NOUNS |= {"car": "oncoming automobile", "tree": "deciduous tree"}  # noun → caption of its OpenMoji drawing
 PLURALS = {"fish": "fishes", "cactus": "cactuses", "bus": "buses"}  # all others take an s
-
-# %% ../../nbs/evidence/01_scenes.ipynb #eb0d7ed6
 COLOURS = {"red": "#d62020", "orange": "#f08000", "yellow": "#d8b800", "green": "#1f9a3a", "blue": "#2050d0", "purple": "#8a30b0"}
 SIZES = {"small": 0.6, "big": 1.5}  # times the usual side
 PLACES = {"at the top": (0.5, 0.25), "at the bottom": (0.5, 0.75), "on the left": (0.25, 0.5), "on the right": (0.75, 0.5)}
@@ -65,13 +63,10 @@ def _phrase(thing: Thing) -> str:
     return " ".join([COUNTS.get(thing.count, article), *words])
 
 # %% ../../nbs/evidence/01_scenes.ipynb #4ca6e2f4
-def scene_caption(
-    scene: Scene,
-) -> str:  # in lower case, words with single spaces between
+def scene_caption(scene: Scene) -> str:  # in lower case, words with single spaces between
     "What there is to say of a scene, in a fixed order: two scenes with one caption are the same but for their kind."
-    phrase = f" {scene.relation} ".join(map(_phrase, scene.things))
-    absent = f"but no {scene.absent}" if scene.absent else None
-    return " ".join(w for w in (phrase, absent, scene.place, scene.time) if w)
+    absent = scene.absent and f"but no {scene.absent}"
+    return " ".join(filter(None, (f" {scene.relation} ".join(map(_phrase, scene.things)), absent, scene.place, scene.time)))
 
 # %% ../../nbs/evidence/01_scenes.ipynb #23c1f353
 _FORMS = {  # kind → (its share of the captions, what its captions may speak of)
@@ -104,8 +99,7 @@ def random_scene(
     drawn = {slot: random.choice(_CHOICES[slot]) for slot in form if slot in _CHOICES}
     things = [Thing(one, drawn.get("count", 1), drawn.get("adjective") or drawn.get("colour"), drawn.get("verb"))]
     if "two" in form: things.append(Thing(two, 1, drawn.get("adjective2"), drawn.get("verb2")))
-    absent = two if "absent" in form else None
-    return Scene(kind, tuple(things), drawn.get("relation", "and"), drawn.get("place"), drawn.get("time"), absent)
+    return Scene(kind, tuple(things), drawn.get("relation", "and"), drawn.get("place"), drawn.get("time"), two if "absent" in form else None)
 
 # %% ../../nbs/evidence/01_scenes.ipynb #646fe7a9
 def make_scenes(
@@ -127,19 +121,12 @@ def make_scenes(
 def _drawing_paths() -> dict[str, Path]:
     return {row["caption"]: row["path"] for row in openmoji_table()}
 
-# %% ../../nbs/evidence/01_scenes.ipynb #4423ff17
-@lru_cache(maxsize=128)
-def _sprite(noun: str, side: int = 64) -> Image.Image:
-    "The noun's OpenMoji drawing on a transparent square."
-    import resvg_py
-    png = bytes(resvg_py.svg_to_bytes(svg_path=str(_drawing_paths()[NOUNS[noun]]), width=side, height=side))
-    return Image.open(io.BytesIO(png)).convert("RGBA")
-
-# %% ../../nbs/evidence/01_scenes.ipynb #6164d3c9
 @lru_cache(maxsize=256)
-def _tinted(noun: str, colour: str | None) -> Image.Image:
-    "The drawing in shades of one colour, or as it is."
-    picture = _sprite(noun)
+def _drawing(noun: str, colour: str | None) -> Image.Image:
+    "The noun's OpenMoji drawing on a transparent square, in shades of one colour or as it is."
+    import resvg_py
+    png = bytes(resvg_py.svg_to_bytes(svg_path=str(_drawing_paths()[NOUNS[noun]]), width=64, height=64))
+    picture = Image.open(io.BytesIO(png)).convert("RGBA")
     if colour is None: return picture
     grey = ImageOps.autocontrast(picture.convert("RGB").convert("L"), 2)
     pale = Image.blend(*(Image.new("RGB", (1, 1), c) for c in (colour, "white")), 0.3).getpixel((0, 0))
@@ -167,21 +154,6 @@ def _posed(picture: Image.Image, verb: str) -> Image.Image:
         pen.line([(x * canvas.width, y * canvas.width) for x, y in stroke], (90, 90, 90, 255), max(1, picture.width // 16))
     return canvas
 
-# %% ../../nbs/evidence/01_scenes.ipynb #a7aa2bc6
-def _drawn(thing: Thing, side: float) -> Image.Image:
-    "One copy of the thing on a transparent square."
-    picture = _tinted(thing.noun, COLOURS.get(thing.adjective))
-    width = max(4, round(side * SIZES.get(thing.adjective, 1.0)))
-    picture = picture.resize((width, width), Image.Resampling.BILINEAR)
-    return picture if thing.verb is None else _posed(picture, thing.verb)
-
-# %% ../../nbs/evidence/01_scenes.ipynb #12831997
-def _centres(scene: Scene, random: Random) -> list[tuple[float, float]]:
-    "Where the things lie, as shares of the page; what the caption leaves open is drawn at random."
-    if len(scene.things) == 1: return [PLACES.get(scene.place, (0.5, 0.5))]
-    dx, dy = RELATIONS.get(scene.relation) or random.choice([(-1, 0), (1, 0)])
-    return [(0.5 + 0.25 * dx, 0.5 + 0.25 * dy), (0.5 - 0.25 * dx, 0.5 - 0.25 * dy)]
-
 # %% ../../nbs/evidence/01_scenes.ipynb #762cf012
 def draw_scene(
     scene: Scene,
@@ -190,10 +162,15 @@ def draw_scene(
     "The scene as a picture; what the caption leaves open depends on the caption alone. Pictures: OpenMoji, CC BY-SA 4.0."
     random = Random(scene_caption(scene))
     page = Image.new("RGBA", (size, size), TIMES.get(scene.time, "white"))
-    unit = size * (0.5 if len(scene.things) == 1 else 0.38)
-    for thing, (x, y) in zip(scene.things, _centres(scene, random)):
+    unit, centres = size * 0.5, [PLACES.get(scene.place, (0.5, 0.5))]  # of a single thing, in shares of the page
+    if len(scene.things) == 2:
+        dx, dy = RELATIONS.get(scene.relation) or random.choice([(-1, 0), (1, 0)])
+        unit, centres = size * 0.38, [(0.5 + 0.25 * dx, 0.5 + 0.25 * dy), (0.5 - 0.25 * dx, 0.5 - 0.25 * dy)]
+    for thing, (x, y) in zip(scene.things, centres):
         side = unit if thing.count == 1 else unit * 0.55
-        picture = _drawn(thing, side)
+        width = max(4, round(side * SIZES.get(thing.adjective, 1.0)))
+        picture = _drawing(thing.noun, COLOURS.get(thing.adjective)).resize((width, width), Image.Resampling.BILINEAR)
+        if thing.verb: picture = _posed(picture, thing.verb)
         corners = [(0, 0)] if thing.count == 1 else [(-1, -1), (1, 1), (1, -1), (-1, 1)][:thing.count]
         for i, j in corners:
             corner = (c * size + k * 0.6 * side + random.uniform(-0.03, 0.03) * size - picture.width / 2 for c, k in ((x, i), (y, j)))
@@ -208,8 +185,7 @@ def scene_pairs(
     "Captions and pictures of scenes, as the rest of the course reads them. Pictures: OpenMoji, CC BY-SA 4.0."
     if not len(scenes): raise ValueError("no scenes; make some with make_scenes")
     captions = [scene_caption(s) for s in scenes]
-    unknown = [None] * len(scenes)
-    return Pairs(np.stack([draw_scene(s, size) for s in scenes]), captions, list(captions), unknown, list(unknown))
+    return Pairs(np.stack([draw_scene(s, size) for s in scenes]), captions, list(captions), *([None] * len(scenes) for _ in range(2)))
 
 # %% ../../nbs/evidence/01_scenes.ipynb #7d837007
 def split_captions(
@@ -226,8 +202,7 @@ def split_captions(
         known |= set(caption.split())
     n_val, n_test = round(val * len(shuffled)), round(test * len(shuffled))
     if min(n_val, n_test) < 0 or n_val + n_test > len(free):
-        raise ValueError(f"val={val} and test={test} of {len(shuffled)} different captions; {len(first)} of them bring new words and "
-                         "must be trained on; give more captions or smaller shares")
+        raise ValueError(f"val={val} and test={test} of {len(shuffled)} different captions; {len(first)} must be trained on; give more")
     rest = np.random.default_rng(seed).permutation(free[n_test:]).tolist()
     part = dict.fromkeys(free[:n_test], 2) | dict.fromkeys(rest[:n_val], 1)
     which = np.array([part.get(c, 0) for c in captions])

@@ -102,7 +102,6 @@ def read_rows(
     if not Path(path).exists(): return []
     with open(path, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
 
-
 def write_rows(
     path: str | Path,  # a CSV file
     rows: Sequence[Mapping[str, Any]],  # lines with the same columns
@@ -159,7 +158,6 @@ class Difference(NamedTuple):
     half: float  # half width of its 95 % interval
     p: float  # of the paired t-test, two-sided
 
-
 def paired_difference(
     values: np.ndarray,  # (n,) one a seed
     base: np.ndarray,  # (n,) of the row it is compared with, the same seeds
@@ -214,7 +212,6 @@ def compare_rows(
             if len(values) and len(other): found[name, dataset, metric] = paired_difference(values, other)
     return found
 
-
 def points(metric: str) -> int:
     "What a metric is multiplied with in tables."
     return 1 if "rank" in metric else 100
@@ -226,14 +223,12 @@ def starred(
     "Which cells of a table get a star."
     return {key for key, q in zip(found, holm([d.p for d in found.values()])) if q < 0.05}
 
-
 def star_table(
     found: Mapping[Any, Difference],  # of compare_rows: all cells of one table
 ) -> dict[Any, str]:  # '+1.2 ± 0.8*'
     "Differences as text, a star where starred has one."
     stars = starred(found)
     return {key: f"{d.mean:+.1f} ± {d.half:.1f}{'*' * (key in stars)}" for key, d in found.items()}
-
 
 def markdown_table(
     head: Sequence[str],
@@ -242,7 +237,6 @@ def markdown_table(
     "A table in Markdown."
     line = lambda cells: "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
     return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)]) + "\n"
-
 
 def level(
     runs: Sequence[Mapping[str, str]],  # of load_study or read_rows
@@ -279,7 +273,6 @@ def gap_closed(
 
 # %% ../../nbs/evidence/05_study.ipynb #8387bc23
 _STYLES = (("o", "#0072B2"), ("s", "#E69F00"), ("D", "black"), ("x", "#CC79A7"), ("^", "#009E73"))
-
 
 def plot_differences(
     found: Mapping[tuple[str, str, str], Difference],  # of compare_rows, at most five rows

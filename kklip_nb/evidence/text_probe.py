@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..evaluation import bootstrap_interval
 from ..student import Towers, tokenize
@@ -44,7 +45,7 @@ def _caption_tokenizer(captions: Sequence[str], size: int = 1000) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #f80bb789
-def _small_t5(captions: Sequence[str], seed: int) -> Autoencoder:
+def _small_t5(captions: Sequence[str], seed: int) -> tuple[Any, Any]:
     "A T5 of 128 dimensions and 2 + 2 layers with random weights, and a vocabulary of the captions' own."
     from transformers import T5Config, T5ForConditionalGeneration
     tokenizer = _caption_tokenizer(captions)
@@ -55,7 +56,7 @@ def _small_t5(captions: Sequence[str], seed: int) -> Autoencoder:
         model = T5ForConditionalGeneration(config)
         for stack in (model.encoder, model.decoder):  # T5 starts almost blind to positions; so the heads tell near from far at once
             nn.init.normal_(stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
-    return Autoencoder(model, tokenizer)
+    return model, tokenizer
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #0b9878fe
 def build_autoencoder(
@@ -67,12 +68,9 @@ def build_autoencoder(
     "A T5 to train with train_autoencoder; raises FileNotFoundError where no T5 of that name can be loaded."
     from transformers import AutoTokenizer, T5ForConditionalGeneration
     if isinstance(captions, str) or not len(captions): raise ValueError(f"captions={captions!r}; expected a list of captions, not empty")
-    if name is None: model, tokenizer = _small_t5(captions, seed)
-    else:
-        try: model, tokenizer = T5ForConditionalGeneration.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"cannot load T5 {name!r}: {error}; expected a T5 on the Hugging Face hub, such as 't5-large', "
-                                    "a local folder with a saved one, or None for a small one") from error
+    try: model, tokenizer = (c.from_pretrained(name) for c in (T5ForConditionalGeneration, AutoTokenizer)) if name else _small_t5(captions, seed)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"cannot load T5 {name!r}: {error}; expected a T5 on the hub, such as 't5-large', or a folder with one") from error
     return Autoencoder(model.to(device).eval(), tokenizer)
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #af5da9fa
@@ -100,10 +98,9 @@ def decoder_logits(
     ids: torch.Tensor,  # (n, t) token ids of the true captions
 ) -> torch.Tensor:  # (n, t, vocabulary): for each position the next token, given the *true* tokens before it
     "Teacher forcing: the decoder reads the truth shifted by one and attends to a sequence of one vector."
-    start = torch.full_like(ids[:, :1], autoencoder.model.config.decoder_start_token_id)
-    return autoencoder.model(encoder_outputs=(vectors[:, None],), decoder_input_ids=torch.cat([start, ids[:, :-1]], 1)).logits
+    shifted = autoencoder.model.prepare_decoder_input_ids_from_labels(ids)
+    return autoencoder.model(encoder_outputs=(vectors[:, None],), decoder_input_ids=shifted).logits
 
-# %% ../../nbs/evidence/02_text_probe.ipynb #75a3badb
 def decoder_loss(
     autoencoder: Autoencoder,
     vectors: torch.Tensor,  # (n, d) of T5's dimension
@@ -111,25 +108,23 @@ def decoder_loss(
     mask: torch.Tensor,  # (n, t) 1 for tokens, 0 for padding
 ) -> torch.Tensor:  # scalar, nats
     r"Mean cross-entropy $-\log p(w_t \mid w_{<t}, v)$ over all tokens that are not padding."
-    logits = decoder_logits(autoencoder, vectors, ids)
-    return F.cross_entropy(logits.transpose(1, 2), ids.masked_fill(mask == 0, -100))
+    return F.cross_entropy(decoder_logits(autoencoder, vectors, ids).transpose(1, 2), ids.masked_fill(mask == 0, -100))
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #aedf388b
-def _descend(autoencoder: Autoencoder, parameters: Sequence[nn.Parameter], vectors_of: Callable, captions: Sequence[str],
-             steps: int, batch_size: int, lr: float, seed: int, progress: bool = False) -> list[float]:
+def _descend(autoencoder: Autoencoder, trained: nn.Module, vectors_of: Callable, captions: Sequence[str], steps: int = 500,
+             batch_size: int = 64, lr: float = 3e-3, seed: int = 0, progress: bool = False) -> list[float]:
     "AdamW on the decoder's loss over random batches; vectors_of(rows, ids, mask) is what the decoder is shown of them."
-    from tqdm.auto import tqdm
     if not len(captions): raise ValueError("no captions: expected at least one to train on")
     if steps < 1 or batch_size < 1 or not lr > 0: raise ValueError(f"steps={steps}, batch_size={batch_size}, lr={lr}; expected all above 0")
-    (ids, mask), optimizer = caption_tokens(autoencoder, captions), torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    (ids, mask), optimizer = caption_tokens(autoencoder, captions), torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
     random, losses = torch.Generator().manual_seed(seed), []
     for step in tqdm(range(steps), disable=not progress):
         for group in optimizer.param_groups: group["lr"] = learning_rate(step, steps, lr, steps // 20)
         rows = torch.randint(len(captions), (batch_size,), generator=random)
         width = int(mask[rows].sum(1).max())
         batch = ids[rows, :width], mask[rows, :width]
+        optimizer.zero_grad()
         loss = decoder_loss(autoencoder, vectors_of(rows, *batch), *batch)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -148,8 +143,8 @@ def train_autoencoder(
     "The proof of concept: caption → encoder → one vector → decoder → the same caption."
     model = autoencoder.model.train().requires_grad_(True)
     vectors_of = lambda rows, ids, mask: t5_vectors(autoencoder, ids, mask)
-    losses = _descend(autoencoder, list(model.parameters()), vectors_of, captions, steps, batch_size, lr, seed, progress)
-    model.eval().zero_grad(set_to_none=True)
+    losses = _descend(autoencoder, model, vectors_of, captions, steps, batch_size, lr, seed, progress)
+    model.eval().zero_grad()
     return losses
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #720c7af1
@@ -169,7 +164,6 @@ def read_back(
         captions += autoencoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return captions
 
-# %% ../../nbs/evidence/02_text_probe.ipynb #11f9d8c5
 @torch.inference_mode()
 def autoencode(
     autoencoder: Autoencoder,
@@ -184,7 +178,6 @@ def _check_read(truth: Sequence[str], read: Sequence[str]) -> None:
     if isinstance(truth, str) or isinstance(read, str): raise ValueError("expected two lists of captions, got a single string")
     if not len(truth) or len(truth) != len(read): raise ValueError(f"{len(read)} captions read back of {len(truth)}; expected one each, at least one")
 
-# %% ../../nbs/evidence/02_text_probe.ipynb #37166e85
 def exact_matches(
     truth: Sequence[str],  # n captions
     read: Sequence[str],  # what was read back of each
@@ -248,7 +241,6 @@ class Probe(NamedTuple):
     scaler: StandardScaler  # mean and spread of each feature over the training captions
     adapter: nn.Sequential  # a linear layer and a layer normalisation: all that is trained
 
-# %% ../../nbs/evidence/02_text_probe.ipynb #93492107
 def _vectors(vectors: Any, captions: Sequence[str]) -> np.ndarray:
     "(n, d) float64, a row a caption."
     x = finite_matrix("vectors", vectors)
@@ -273,19 +265,16 @@ def fit_probe(
         adapter = nn.Sequential(nn.Linear(x.shape[1], model.config.d_model), nn.LayerNorm(model.config.d_model)).to(model.device)
     scaler = StandardScaler().fit(x)
     inputs = torch.from_numpy(scaler.transform(x)).float().to(model.device)
-    vectors_of = lambda rows, ids, mask: adapter(inputs[rows])
-    losses = _descend(autoencoder, list(adapter.parameters()), vectors_of, captions, steps, batch_size, lr, seed, progress)
+    losses = _descend(autoencoder, adapter, lambda rows, ids, mask: adapter(inputs[rows]), captions, steps, batch_size, lr, seed, progress)
     return Probe(autoencoder, scaler, adapter), losses
 
-# %% ../../nbs/evidence/02_text_probe.ipynb #ea03a2df
 @torch.inference_mode()
 def probe_inputs(
     probe: Probe,
     vectors: np.ndarray | torch.Tensor,  # (n, d) of the tested encoder
 ) -> torch.Tensor:  # (n, d of T5): what the frozen decoder is shown
     "Standardise, then linear layer and layer normalisation."
-    x = torch.from_numpy(probe.scaler.transform(finite_matrix("vectors", vectors))).float()
-    return probe.adapter(x.to(probe.autoencoder.model.device))
+    return probe.adapter(torch.from_numpy(probe.scaler.transform(finite_matrix("vectors", vectors))).float().to(probe.autoencoder.model.device))
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #2c8b30c9
 def probe_captions(
@@ -306,10 +295,10 @@ def lookup(
     captions: Sequence[str],
 ) -> Callable[[Sequence[str]], np.ndarray]:  # captions, all of them among the n → their rows
     "An array of vectors as an encoder: for vectors that were computed before."
-    rows, x = {c: i for i, c in enumerate(captions)}, _vectors(vectors, captions)
+    rows = dict(zip(captions, _vectors(vectors, captions)))
     def encode(wanted):
         if unknown := [c for c in wanted if c not in rows]: raise ValueError(f"no vector of {unknown[0]!r}; {len(unknown)} such captions; embed them first")
-        return x[[rows[c] for c in wanted]]
+        return np.stack([rows[c] for c in wanted])
     return encode
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #d08dbb17
@@ -331,5 +320,5 @@ def matches_by_kind(
     "Exact match for each kind of caption, in the order in which the kinds first occur."
     hits = exact_matches(truth, read)
     if len(kinds) != len(hits): raise ValueError(f"{len(kinds)} kinds for {len(hits)} captions; expected one each")
-    groups = {kind: hits[[k == kind for k in kinds]] for kind in kinds}
+    groups = {kind: hits[np.array(kinds) == kind] for kind in kinds}
     return {kind: (float(h.mean()), len(h)) for kind, h in groups.items()}
