@@ -30,7 +30,6 @@ import numpy as np
 from sklearn.cluster import MiniBatchKMeans
 
 from kklip_nb.concepts import apply_scale, fit_scale
-from kklip_nb.evidence.study import write_rows
 from kklip_nb.scale.clustering import cluster_shards, load_concepts, nearest_of
 from kklip_nb.scale.embeddings import open_sidecar, read_rows, slices_of
 from kklip_nb.teacher import save_embeddings
@@ -116,7 +115,7 @@ def main() -> int:
     lines = [json.loads((args.work / f"{part}.json").read_text()) for part in WHAT]
     for line in lines: print({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()})
     print({f"{k}, ours over theirs": round(lines[0][k] / lines[1][k], 3) for k in ("seconds", "peak_gb", "inertia_per_row")})
-    from runs import RESULTS, write_rows  # late, for it imports much
+    from kklip_nb.evidence.study import write_rows  # late, for it imports much
     if (args.rows, args.dim, args.k) == (500_000, 4096, 1000): write_rows(RESULTS / "cluster.csv", [{k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in line.items()} for line in lines])
     shutil.rmtree(args.work)
     return 0
