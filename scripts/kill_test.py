@@ -8,7 +8,9 @@ the whole file written but not yet renamed. It is then started again, until all 
 never killed: sidecars and concepts as files, the checkpoint's tensors, and the log but for its speeds.
 """
 
-import quiet  # first, so that Ctrl-C during the imports below prints no traceback
+import signal
+
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
 import os
 
@@ -21,7 +23,6 @@ import dataclasses
 import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kklip_nb import teacher, training
+from kklip_nb import tools, training
 from kklip_nb.scale.clustering import cluster_shards
 from kklip_nb.scale.distributed import World
 from kklip_nb.scale.embeddings import embed_shards, open_sidecars
@@ -92,13 +93,13 @@ def sabotage(kind: str, number: int) -> None:
         os.replace = lambda *args: die() if due() else replace(*args)
         return
     def halved(save):
-        def write(tensors, part, metadata):
+        def write(tensors, part, metadata=None):
             save(tensors, part, metadata=metadata)
             if due():
                 os.truncate(part, os.path.getsize(part) // 2)
                 die()
         return write
-    for module in (teacher, training): module.save_file = halved(module.save_file)
+    for module in (tools, training): module.save_file = halved(module.save_file)
 
 
 def run_stage(stage: str, work: Path, shards: Path, kind: str | None = None, chance: random.Random | None = None, seconds: float = 0.0, writes: int = 1) -> bool:
@@ -207,7 +208,7 @@ def main(kills: int, seed: int, where: Path) -> int:
 
 
 if __name__ == "__main__":
-    quiet.listen()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60, help="how often a process is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the kinds of kill and their times")
