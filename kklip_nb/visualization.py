@@ -38,7 +38,7 @@ def umap_project(
     "A map of the features' neighbourhoods; distances in it mean little. Raises a ValueError for too few points."
     features = _array(features).astype(np.float32)
     if features.ndim != 2 or not np.isfinite(features).all():
-        raise ValueError(f"shape {features.shape}, {(~np.isfinite(features)).sum()} not finite; expected finite (n, d)")
+        raise ValueError(f"features of shape {features.shape}, NaN or infinite in {(~np.isfinite(features)).sum()} places; expected finite (n, d)")
     if len(features) <= max(neighbours, 3):
         raise ValueError(f"{len(features)} points, neighbours={neighbours}; give more points (4+) or fewer neighbours")
     with warnings.catch_warnings():
@@ -147,7 +147,7 @@ def image_grid(
     title: str = "",  # what to see
 ) -> plt.Figure:
     "Pictures in rows, each with its caption."
-    if len(images) != len(titles): raise ValueError(f"{len(titles)} titles for {len(images)} images; give as many")
+    if len(images) != len(titles): raise ValueError(f"{len(images)} images with {len(titles)} titles; give as many")
     rows = max(1, -(-len(images) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.75 * rows), squeeze=False)
     for ax in axes.flat: ax.axis("off")
