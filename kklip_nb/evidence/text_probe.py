@@ -111,12 +111,12 @@ def decoder_loss(
     return F.cross_entropy(decoder_logits(autoencoder, vectors, ids).transpose(1, 2), ids.masked_fill(mask == 0, -100))
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #aedf388b
-def _descend(autoencoder: Autoencoder, trained: nn.Module, vectors_of: Callable, captions: Sequence[str], steps: int = 500,
-             batch_size: int = 64, lr: float = 3e-3, seed: int = 0, progress: bool = False) -> list[float]:
+def _descend(autoencoder: Autoencoder, parameters: Sequence[nn.Parameter], vectors_of: Callable, captions: Sequence[str], steps: int,
+             batch_size: int, lr: float, seed: int, progress: bool = False) -> list[float]:
     "AdamW on the decoder's loss over random batches; vectors_of(rows, ids, mask) is what the decoder is shown of them."
     if not len(captions): raise ValueError("no captions: expected at least one to train on")
     if steps < 1 or batch_size < 1 or not lr > 0: raise ValueError(f"steps={steps}, batch_size={batch_size}, lr={lr}; expected all above 0")
-    (ids, mask), optimizer = caption_tokens(autoencoder, captions), torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
+    (ids, mask), optimizer = caption_tokens(autoencoder, captions), torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     random, losses = torch.Generator().manual_seed(seed), []
     for step in tqdm(range(steps), disable=not progress):
         for group in optimizer.param_groups: group["lr"] = learning_rate(step, steps, lr, steps // 20)
@@ -143,7 +143,7 @@ def train_autoencoder(
     "The proof of concept: caption → encoder → one vector → decoder → the same caption."
     model = autoencoder.model.train().requires_grad_(True)
     vectors_of = lambda rows, ids, mask: t5_vectors(autoencoder, ids, mask)
-    losses = _descend(autoencoder, model, vectors_of, captions, steps, batch_size, lr, seed, progress)
+    losses = _descend(autoencoder, list(model.parameters()), vectors_of, captions, steps, batch_size, lr, seed, progress)
     model.eval().zero_grad()
     return losses
 
@@ -265,7 +265,8 @@ def fit_probe(
         adapter = nn.Sequential(nn.Linear(x.shape[1], model.config.d_model), nn.LayerNorm(model.config.d_model)).to(model.device)
     scaler = StandardScaler().fit(x)
     inputs = torch.from_numpy(scaler.transform(x)).float().to(model.device)
-    losses = _descend(autoencoder, adapter, lambda rows, ids, mask: adapter(inputs[rows]), captions, steps, batch_size, lr, seed, progress)
+    shown = lambda rows, ids, mask: adapter(inputs[rows])
+    losses = _descend(autoencoder, list(adapter.parameters()), shown, captions, steps, batch_size, lr, seed, progress)
     return Probe(autoencoder, scaler, adapter), losses
 
 @torch.inference_mode()
