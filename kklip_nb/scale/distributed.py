@@ -126,7 +126,7 @@ def _features(student: Student, batch: Inputs, world: World, precision: str) -> 
     with _autocast(world.device, precision):
         return gather_global(student.encode_image(batch.images), student.encode_text(batch.tokens), world)
 
-
+# %% ../../nbs/scale/05_distributed.ipynb #e4a0f2bf
 def backward_global(
     model: nn.Module,  # from wrap
     micro_batches: Sequence[Inputs],  # what this process has of the batch, all of one size

@@ -55,7 +55,7 @@ def trim_log(
             writer.writerows(line for line in lines if None not in line.values() and int(line["step"]) < steps)
     write_atomically(path, write)
 
-
+# %% ../../nbs/scale/06_long_run.ipynb #c44bb32e
 class Log:
     "A CSV file that grows by a line, and TensorBoard where it is asked for."
 
@@ -156,7 +156,7 @@ def check_held_out(
         if place(url) in places or captions_hash([s.caption for s in samples]) in hashes or 2 * known > len(samples):
             raise ValueError(f"{url} is among the training shards ({known} of {len(samples)} pairs); give others")
 
-
+# %% ../../nbs/scale/06_long_run.ipynb #f0185777
 @torch.no_grad()
 def evaluate_shards(
     student: Student,  # left in training mode
@@ -260,7 +260,7 @@ def _logs(folder: Path, done: int, world: World, settings: Settings, held_out: S
         logs = [Log(folder / name, done, fields, board) for name, fields in files.items()]
         yield [stack.enter_context(closing(log)) for log in logs]
 
-
+# %% ../../nbs/scale/06_long_run.ipynb #3c6ac3ee
 def write_run(
     lines: Iterator[dict[str, Any]],  # from run_steps
     folder: Path,  # of the run
@@ -285,6 +285,15 @@ def write_run(
             if logs: logs[1].write(dict(step=line["step"]) | evaluate_shards(student, held_out))
             if world.world_size > 1: dist.barrier()
 
+# %% ../../nbs/scale/06_long_run.ipynb #7356e375
+def _begin(recipe: Recipe, data: ShardData, folder: Path, world: World, s: Settings, meta: dict[str, Any]) -> tuple:
+    "Student, optimizer, scaler, and the last line of the log: from the newest checkpoint, or from the start."
+    student = start_student(recipe, data, world, s.grad_checkpointing, s.compile)
+    if s.accumulate and learns_norms(student): raise ValueError("BatchNorm needs whole batches; do not accumulate")
+    optimizer = make_optimizer(student, recipe.lr, recipe.weight_decay)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=meta["precision"] == "fp16")
+    return student, optimizer, scaler, resume(folder, student, optimizer, scaler, recipe, meta, world)
+
 # %% ../../nbs/scale/06_long_run.ipynb #7356e374
 def train_shards(
     recipe: Recipe,  # from shard_recipe; batch_size is that of all processes together
@@ -296,21 +305,17 @@ def train_shards(
     **settings: Any,  # fields of Settings
 ) -> Student:  # trained
     "Train on shards, alone or under torchrun. A killed run goes on; on the CPU it is the same to the bit."
-    folder, s, device = Path(folder), Settings(**settings), world.device.type
+    folder, s = Path(folder), Settings(**settings)
     check_run(recipe, data, world, s, held_out)
     precision, steps = choose_precision(s.precision, world.device), recipe.epochs * epoch_steps(data, recipe, s.streams)
     meta = dict(streams=s.streams, data=data.key, precision=precision, max_norm=s.max_norm, augment=s.augment)
     with run_lock(folder / ".train.lock", wait=10 if s.workers else 0) if world.rank == 0 else nullcontext():
         for part in folder.glob(".*.part") if world.rank == 0 else (): part.unlink(missing_ok=True)
-        student = start_student(recipe, data, world, s.grad_checkpointing, s.compile)
-        if s.accumulate and learns_norms(student): raise ValueError("BatchNorm needs whole batches; do not accumulate")
-        optimizer = make_optimizer(student, recipe.lr, recipe.weight_decay)
-        scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-        last = resume(folder, student, optimizer, scaler, recipe, meta, world)
+        student, optimizer, scaler, last = _begin(recipe, data, folder, world, s, meta)
         done = last["step"] + 1
         if progress and world.rank == 0:
             print(f"{steps} steps; the first epoch sees {share_seen(data, recipe, s.streams):.1%} of all pairs")
-        where = dict(rank=world.rank, world_size=world.world_size, pin=device == "cuda")
+        where = dict(rank=world.rank, world_size=world.world_size, pin=world.device.type == "cuda")
         batches = read_steps(student, data, recipe, s.streams, done=done, workers=s.workers, augment=s.augment, **where)
         step = partial(global_step, wrap(student, world, recipe), optimizer, recipe=recipe, world=world,
                        precision=precision, max_norm=s.max_norm, scaler=scaler)
