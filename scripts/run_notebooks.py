@@ -36,14 +36,20 @@ def is_run(cell) -> bool:
     return not (directives(cell.source) & SKIPPED or re.search(r"^\s*#\|\s*eval:\s*false", cell.source, re.M))
 
 
-def code_hash(notebook) -> str:
-    "Identifies the code cells of a notebook and the package that they import."
+def imported(path: Path) -> list[Path]:
+    "The package's files that a notebook may import: the course's, and those of its own floor; the index and its like import all."
+    package, floor = ROOT / "kklip_nb", path.parent.name
+    floors = [floor] if floor in FLOORS else [] if re.match("[0-9]|tools", path.stem) else ["evidence", "scale"]
+    files = [*package.glob("*.py"), *package.glob("configs/*.json"), *(f for name in floors for f in (package / name).glob("*.py"))]
+    return [f for f in sorted(files) if f.name != "_modidx.py"]
+
+
+def code_hash(notebook, path: Path) -> str:
+    "Identifies the code cells of a notebook and the files that they import."
     digest = hashlib.sha256()
     for cell in notebook.cells:
         if cell.cell_type == "code": digest.update(cell.source.encode() + b"\0")
-    package = ROOT / "kklip_nb"
-    for path in sorted([*package.rglob("*.py"), *package.glob("configs/*.json")]):
-        if path.name != "_modidx.py": digest.update(path.read_bytes())
+    for file in imported(path): digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -59,7 +65,7 @@ def run(path: Path, timeout: int) -> None:
             cell.outputs, cell.execution_count = [], None
             if is_run(cell): client.execute_cell(cell, index)
             cell.metadata = {}
-    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "kklip_nb": {"code": code_hash(notebook)}}
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "kklip_nb": {"code": code_hash(notebook, path)}}
     nbformat.write(notebook, path)
     print(f"{time.time() - started:6.1f} s  {path.relative_to(ROOT)}", flush=True)
 
@@ -67,7 +73,7 @@ def run(path: Path, timeout: int) -> None:
 def stale(path: Path) -> bool:
     "Were the saved outputs made by other code?"
     notebook = nbformat.read(path, as_version=4)
-    return notebook.metadata.get("kklip_nb", {}).get("code") != code_hash(notebook)
+    return notebook.metadata.get("kklip_nb", {}).get("code") != code_hash(notebook, path)
 
 
 def main() -> int:

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from shard_files import (D, HOW, Files, edit, embed, is_skipped, members, picture, png_of, rewrite,
                          spoil, tar_bytes)
 
+from kklip_nb import tools
 from kklip_nb.scale.embeddings import embed_shard, embed_shards, open_sidecar, open_sidecars, read_rows, slices_of
 from kklip_nb.scale.shards import list_shards, open_picture, read_shard, run_lock, shard_name
-from kklip_nb.teacher import save_embeddings
 
 
 def test_sidecars_hold_the_teachers_rows_in_shard_order(built):
@@ -238,13 +238,12 @@ def test_hostile_header_entry_of_another_kind(files, entry, value):
 
 def write_fails(files: Files, tmp_path: Path, monkeypatch, error: OSError) -> None:
     "The second sidecar's write fails half way: the first stays, nothing half-made stays, and another run finishes."
-    calls, module = [], sys.modules[save_embeddings.__module__]
-    real = module.save_file
+    calls, real = [], tools.save_file
     def failing(tensors, path, metadata=None):
         calls.append(path)
         if len(calls) == 2: Path(path).write_bytes(b"half"); raise error
         real(tensors, path, metadata=metadata)
-    monkeypatch.setattr(module, "save_file", failing)
+    monkeypatch.setattr(tools, "save_file", failing)
     with pytest.raises(type(error), match=re.escape(error.strerror)): embed_shards(files.urls, tmp_path / "s", embed, **HOW)
     assert sorted(p.name for p in (tmp_path / "s").iterdir() if not p.name.endswith(".lock")) == ["00000.safetensors"]
     assert embed_shards(files.urls, tmp_path / "s", embed, **HOW)["shards"] == 2

@@ -77,9 +77,9 @@ def test_a_changed_cell_makes_the_outputs_stale(tmp_path):
     sys.path.insert(0, str(ROOT / "scripts"))
     from run_notebooks import code_hash
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
-    before = code_hash(notebook)
+    before = code_hash(notebook, NOTEBOOKS[0])
     next(c for c in notebook.cells if c.cell_type == "code").source += "\n1 + 1"
-    assert code_hash(notebook) != before == notebook.metadata["kklip_nb"]["code"]
+    assert code_hash(notebook, NOTEBOOKS[0]) != before == notebook.metadata["kklip_nb"]["code"]
 
 
 def test_readme_is_the_index_notebook():
@@ -104,3 +104,13 @@ def test_no_path_of_a_machine_and_no_registry_host():
         path = ROOT / name
         if path.suffix in {".safetensors", ".png"} or path == Path(__file__): continue
         assert not bad.search(path.read_text(encoding="utf-8", errors="ignore")), name
+
+
+def test_outputs_depend_on_the_floors_below_alone():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from run_notebooks import imported
+    for path in [*NOTEBOOKS, *(NBS / "solutions" / p.relative_to(NBS) for p in NOTEBOOKS)]:
+        floor = path.parent.name if path.parent.name in ("evidence", "scale") else ""
+        assert {f.parent.name for f in imported(path)} == {"kklip_nb", "configs", floor} - {""}
+        used = set(re.findall(r"kklip_nb\.(evidence|scale)\b", "\n".join(c["source"] for c in cells(path) if c["cell_type"] == "code")))
+        assert used <= {floor}, path
