@@ -19,6 +19,7 @@ from little_shards import ALONE, RECIPE, STEPS, data, folder, open_folder, regis
 from test_training import N, TINY, same_weights, tiny_inputs, tiny_student
 
 from kklip_nb.losses import contrastive_loss
+from kklip_nb.scale import distributed
 from kklip_nb.scale.distributed import (World, backward_global, choose_precision, gather_global, global_step, learns_norms,
                                         start_student, start_world, wrap)
 from kklip_nb.scale.long_run import newest_checkpoint, train_shards
@@ -156,7 +157,7 @@ def test_a_broken_picture_in_one_process_moves_no_weight_in_any(worlds):
 
 def test_an_error_says_in_which_process_it_arose(monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")): monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
     with pytest.raises(ValueError, match="broken") as caught:
         with start_world(): raise ValueError("broken")
     assert caught.value.__notes__ == ["in process 1 of 2"]
@@ -321,3 +322,35 @@ def test_batchnorm_that_learns_is_alone_or_on_gpus(data):
     assert learns_norms(student)
     wrap(student, ALONE, RECIPE)
     with pytest.raises(ValueError, match="BatchNorm that learns needs GPUs, one process"): wrap(student, World(0, 2, ALONE.device), RECIPE)
+
+
+# ---- BatchNorm
+
+def scratch_with_norms():
+    "The laptop student from scratch: BatchNorm that learns, with an activation inside."
+    from kklip_nb.student import build_student
+    return build_student("kklip-laptop", imagenet=False, train_image="all", teacher_dim=8, n_concepts=3)
+
+
+def test_norms_that_learn_over_several_gpus_keep_their_activations(monkeypatch):
+    student = scratch_with_norms().eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = student.encode_image(images)
+    student.train()
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **settings: model)
+    distributed.wrap(student, World(0, 2, torch.device("cuda")), RECIPE)
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in student.modules())
+    torch.testing.assert_close(student.eval().encode_image(images), before)
+
+
+def test_a_step_that_is_not_finite_leaves_the_statistics_of_norms_as_they_were(monkeypatch):
+    student = scratch_with_norms()
+    before = {name: b.clone() for name, b in student.named_buffers()}
+    def broken(model, *args):
+        student.encode_image(torch.full((2, 3, 32, 32), float("nan")))
+        for p in student.parameters(): p.grad = torch.full_like(p, float("nan"))
+        return dict(total=torch.tensor(float("nan")))
+    monkeypatch.setattr(distributed, "backward_global", broken)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    distributed.global_step(distributed.Losses(student), optimizer, [], RECIPE, 0.1, World(0, 1, torch.device("cpu")))
+    for name, b in student.named_buffers(): assert torch.equal(b, before[name]), name

@@ -223,14 +223,14 @@ def test_damage_sidecar_missing(files):
         with pytest.raises(FileNotFoundError, match="shard 00001 has no embeddings.*embed it"): act()
 
 
-@pytest.mark.parametrize("entry", ["keys", "skipped", "crc32", "captions"])
+@pytest.mark.parametrize("entry", ["keys", "skipped", "crc32", "folded", "captions"])
 def test_damage_header_entry_missing(files, entry):
     edit(files.side / "00001.safetensors", **{entry: None})
     with pytest.raises(ValueError, match="00001"): files.join()
 
 
 @pytest.mark.parametrize("entry, value", [("keys", "{}"), ("keys", "7"), ("keys", "[[1], [2], [3], [4], [5], [6], [7], [8]]"),
-                                          ("skipped", "7"), ("skipped", "{"), ("crc32", "7")])
+                                          ("skipped", "7"), ("skipped", "{"), ("crc32", "7"), ("folded", "[1]")])
 def test_hostile_header_entry_of_another_kind(files, entry, value):
     edit(files.side / "00001.safetensors", **{entry: value})
     with pytest.raises(ValueError, match="00001"): files.join()

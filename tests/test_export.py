@@ -1,5 +1,6 @@
 """The export as open_clip loads it, from any checkpoint; its card; and an evaluation that refuses what was trained on."""
 
+import dataclasses
 import io
 import json
 import os
@@ -176,3 +177,17 @@ def test_results_name_the_data_that_they_are_of(finished, run):
     for extra, name in (([], "held-out"), (["--shards", shards], shards)):
         assert main(["evaluate", str(run), str(finished / "held-out"), *extra]) == 0
         assert json.loads((run / "results.json").read_text())["data"] == name
+
+
+def test_pretrained_weights_keep_their_own_pixels():
+    import open_clip
+    from kklip_nb.recipe import LAPTOP
+    from kklip_nb.student import build_student
+    student = build_student("kklip-laptop-vit", imagenet=False, train_image="all")
+    recipe = dataclasses.replace(LAPTOP, student="MobileCLIP-S1", pretrained="datacompdr")  # trained on pixels from 0 to 1
+    export._keep_pixels(student, recipe)
+    settings = open_clip.get_model_preprocess_cfg(student.clip)
+    assert tuple(settings["mean"]) == (0, 0, 0) and tuple(settings["std"]) == (1, 1, 1) and settings["resize_mode"] == "longest"
+    ours = dict(settings)
+    export._keep_pixels(student, LAPTOP)
+    assert open_clip.get_model_preprocess_cfg(student.clip) == ours

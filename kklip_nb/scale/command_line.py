@@ -175,15 +175,16 @@ def _train(train: "Train", recipe: Any, settings: Any) -> None:
     from kklip_nb.scale.export import describe_run, export_run, write_json
     from kklip_nb.scale.loader import open_data
     from kklip_nb.scale.long_run import list_checkpoints, train_shards
+    from kklip_nb.scale.shards import run_lock
     how, held_out = vars(settings), _urls(train.data, train.eval_shards) if train.eval_shards else []
     with start_world() as world:
         data = open_data(_urls(train.data, train.shards), train.data / "embeddings", train.data / "concepts")
         check_agrees(recipe, data)
         if world.rank == 0 and not list_checkpoints(train.run):
-            write_json(train.run / "run.json", describe_run(recipe, data, **how))
+            with run_lock(train.run / ".train.lock"): write_json(train.run / "run.json", describe_run(recipe, data, **how))
         train_shards(recipe, data, train.run, world, held_out, progress=True, **how)
-        if world.rank: return
-        print(f"log, checkpoints and model in {train.run}; open_clip loads local-dir:{export_run(train.run)}")
+    if world.rank: return
+    print(f"log, checkpoints and model in {train.run}; open_clip loads local-dir:{export_run(train.run)}")
 
 # %% ../../nbs/scale/09_command_line.ipynb #4cb28ce2
 @dataclass

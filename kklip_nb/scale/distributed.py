@@ -8,14 +8,17 @@ __all__ = ['World', 'start_world', 'gather_global', 'start_student', 'Losses', '
 
 # %% ../../nbs/scale/05_distributed.ipynb #1843c119
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from open_clip.loss import gather_features
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,7 +49,8 @@ def start_world() -> Iterator[World]:
     "Join the processes that torchrun has started; alone, nothing is started. An error says in which process it arose."
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world_size > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world_size > 1:  # the others wait while the first evaluates on held-out shards
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try: yield World(rank, world_size, device)
     except Exception as error:
         if world_size > 1: error.add_note(f"in process {rank} of {world_size}")
@@ -102,7 +106,7 @@ def wrap(
     if learns_norms(student):
         if world.device.type != "cuda":
             raise ValueError("BatchNorm that learns needs GPUs, one process, or pretrained weights")
-        nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        convert_sync_batchnorm(student)  # timm's: torch's own drops the activation inside its BatchNormAct2d
     unused = recipe.concept_on not in ("both", "concat")
     return DistributedDataParallel(Losses(student), broadcast_buffers=False, find_unused_parameters=unused)
 
@@ -175,12 +179,15 @@ def global_step(
     scaler: torch.amp.GradScaler | None = None,  # for 'fp16'; one that is not enabled does nothing
 ) -> dict[str, float]:  # total and the three losses, means over all processes; gradient_norm, not finite if skipped
     "train_step of the training notebook over all processes."
+    student = getattr(model, "module", model).student
+    norms = [(b, b.clone()) for b in student.buffers()] if learns_norms(student) else []
     optimizer.zero_grad()
     scale = scaler.scale if scaler else lambda loss: loss
     losses = backward_global(model, micro_batches, recipe, world, precision, scale)
     if scaler: scaler.unscale_(optimizer)
-    norm = optimizer_step(getattr(model, "module", model).student, optimizer, lr, max_norm)
+    norm = optimizer_step(student, optimizer, lr, max_norm)
     if scaler: scaler.update()
+    for buffer, before in norms if not math.isfinite(norm) else (): buffer.copy_(before)
     values = torch.stack([value.double() for value in losses.values()])
     if world.world_size > 1: dist.all_reduce(values)
     return dict(zip(losses, (values / world.world_size).tolist()), gradient_norm=norm)

@@ -71,10 +71,10 @@ def open_sidecar(
     try:
         with safe_open(path, framework="numpy") as file:
             meta, shape = file.metadata(), tuple(file.get_slice("embeddings").get_shape())
-        keys, skipped, crc32 = (json.loads(meta[k]) for k in ("keys", "skipped", "crc32"))
-        kinds = [*map(type, (keys, skipped, crc32, meta["captions"], shape[1]))]
-        if kinds != [list, dict, list, str, int]: raise TypeError(f"entries are {kinds}")
-        if not shape[0] == len(keys) == len(set(keys)) == len(crc32): raise ValueError(f"{shape[0]} rows")
+        keys, skipped, crc32, folded = (json.loads(meta[k]) for k in ("keys", "skipped", "crc32", "folded"))
+        kinds = [*map(type, (keys, skipped, crc32, folded, meta["captions"], shape[1]))]
+        if kinds != [list, dict, list, list, str, int]: raise TypeError(f"entries are {kinds}")
+        if not shape[0] == len(keys) == len(set(keys)) == len(crc32) == len(folded): raise ValueError(f"{shape[0]} rows")
     except Exception as error:
         raise ValueError(f"{path} is no sidecar of embeddings ({error!r}); delete it and embed again") from error
     check_found(path, meta, dict(shard=path.stem), "it was renamed or copied: delete it and embed again")

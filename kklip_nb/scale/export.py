@@ -18,6 +18,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from open_clip.model import set_model_preprocess_cfg
 from open_clip.push_to_hf_hub import generate_readme
 from safetensors.torch import save_file
 
@@ -25,7 +26,7 @@ from ..data import decode_image, fold_caption
 from ..evaluation import median_rank, retrieval_recall
 from .long_run import newest_checkpoint
 from .shards import Sample, open_picture, read_shard, usable_samples
-from ..student import Towers, build_student
+from ..student import Student, Towers, build_student
 from ..teacher import captions_hash
 from ..tools import check_found, file_hash, write_atomically
 from ..training import Recipe, _read_checkpoint, recipe_table
@@ -100,6 +101,13 @@ def write_card(
     return write_atomically(Path(run) / "model" / "README.md", lambda part: part.write_text(text, encoding="utf-8"))
 
 # %% ../../nbs/scale/07_export.ipynb #2494815f
+def _keep_pixels(student: Student, recipe: Recipe) -> None:
+    "Mean and deviation of the pixels that the run's pretrained weights were trained with."
+    weights = open_clip.get_pretrained_cfg(recipe.student, recipe.pretrained) if recipe.pretrained else {}
+    pixels = {k: weights[k] for k in ("mean", "std") if k in weights}
+    set_model_preprocess_cfg(student.clip, open_clip.get_model_preprocess_cfg(student.clip) | pixels)
+
+
 def export_run(
     run: str | Path,  # a run's folder
     checkpoint: str | Path | None = None,  # a checkpoint of it; None: the newest
@@ -112,6 +120,7 @@ def export_run(
     last, recipe = json.loads(metadata["history"])[-1], Recipe(**json.loads(metadata["recipe"]))
     check_found(path, last, dict(data=facts["data"]["key"]), "give a checkpoint of this run")
     student = build_student(recipe.student, imagenet=False, train_image="all")
+    _keep_pixels(student, recipe)
     student.clip.load_state_dict({k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)})
     folder = export_model(student, recipe.student, run / "model")
     model = dict(checkpoint=Path(path).name, steps=last["step"] + 1, sha256=file_hash(folder / HF_SAFE_WEIGHTS_NAME))

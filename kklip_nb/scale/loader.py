@@ -281,7 +281,7 @@ def read_steps(
     deal = dict(recipe=recipe, streams=streams, rank=rank, world_size=world_size, done=done)
     loader = DataLoader(ShardStream(data, deal, make), batch_size=None, num_workers=workers, pin_memory=pin,
                         generator=torch.Generator(),  # else it would draw from ours
-                        prefetch_factor=4 if workers else None)
+                        prefetch_factor=2 if workers else None)
     parts = iter(loader)
     while step := list(itertools.islice(parts, streams // world_size)): yield step
 

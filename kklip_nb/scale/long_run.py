@@ -183,7 +183,7 @@ def evaluate_shards(
 @dataclass(frozen=True)
 class Settings:
     "How a run is computed, and what is kept of it."
-    streams: int = 1  # parts of the global batch, a multiple of the number of processes; fixes the order of the pairs
+    streams: int = 1  # parts of the batch, a multiple of the processes; best one a worker; fixes the order of the pairs
     accumulate: bool = False  # a process's parts one by one, with all negatives: less memory, one more forward pass
     precision: str = "auto"  # 'fp32', 'bf16' or 'fp16'; 'auto': bf16 on a GPU, else fp32
     grad_checkpointing: bool = False  # as in start_student
@@ -280,10 +280,10 @@ def write_run(
             behind = line["step"] + 1
             save_due, eval_due = (behind % every == 0 or behind == steps for every in (settings.save_every, settings.eval_every))
             if logs: logs[0].write(line)
+            if held_out and eval_due:  # before the checkpoint, so that no kill comes between
+                if logs: logs[1].write(dict(step=line["step"]) | evaluate_shards(student, held_out))
+                if world.world_size > 1: dist.barrier()
             if logs and save_due: save(line)
-            if not (held_out and eval_due): continue
-            if logs: logs[1].write(dict(step=line["step"]) | evaluate_shards(student, held_out))
-            if world.world_size > 1: dist.barrier()
 
 # %% ../../nbs/scale/06_long_run.ipynb #7356e375
 def _begin(recipe: Recipe, data: ShardData, folder: Path, world: World, s: Settings, meta: dict[str, Any]) -> tuple:
@@ -291,7 +291,7 @@ def _begin(recipe: Recipe, data: ShardData, folder: Path, world: World, s: Setti
     student = start_student(recipe, data, world, s.grad_checkpointing, s.compile)
     if s.accumulate and learns_norms(student): raise ValueError("BatchNorm needs whole batches; do not accumulate")
     optimizer = make_optimizer(student, recipe.lr, recipe.weight_decay)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=meta["precision"] == "fp16")
+    scaler = torch.amp.GradScaler(world.device.type, init_scale=2.0**10, enabled=meta["precision"] == "fp16")
     return student, optimizer, scaler, resume(folder, student, optimizer, scaler, recipe, meta, world)
 
 # %% ../../nbs/scale/06_long_run.ipynb #7356e374
