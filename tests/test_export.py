@@ -17,6 +17,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from kklip_nb.data import decode_image, read_image
+from kklip_nb.scale import export
 from kklip_nb.scale.command_line import main
 from kklip_nb.scale.export import evaluate_export, export_model, export_run, write_card
 from kklip_nb.scale.shards import list_shards, open_picture, read_shard, usable_samples, write_shards
