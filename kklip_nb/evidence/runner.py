@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+# %% ../../nbs/evidence/07_runner.ipynb #42e82a21
 from ..data import Split, load_openmoji, load_words, split_by_base
 from ..evaluation import TEMPLATES, evaluate, retrieval_recall
 from .attributes import attribute_scores, linear_probe, mean_average_precision, openmoji_attributes, scene_attributes

@@ -166,7 +166,7 @@ def choose_precision(
         raise ValueError(f"precision={precision!r}; expected 'auto', 'fp32', 'bf16' or 'fp16'")
     return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
-
+# %% ../../nbs/scale/05_distributed.ipynb #9571ecc6
 def global_step(
     model: nn.Module,  # from wrap
     optimizer: torch.optim.Optimizer,
