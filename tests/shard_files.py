@@ -111,7 +111,7 @@ def sidecars_of(folder: Path, rows: np.ndarray, per: int) -> list:
         part = rows[start:start + per]
         keys = [f"{i:05d}{j:04d}" for j in range(len(part))]
         save_embeddings(folder / f"{i:05d}.safetensors", part, keys, **HOW, shard=f"{i:05d}", keys=json.dumps(keys), skipped="{}",
-                        crc32=json.dumps([zlib.crc32(k.encode()) for k in keys]))
+                        **dict.fromkeys(("crc32", "folded"), json.dumps([zlib.crc32(k.encode()) for k in keys])))
     return open_sidecars(folder, [f"{i:05d}" for i in range(-(-len(rows) // per))])
 
 
