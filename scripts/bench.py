@@ -224,11 +224,15 @@ def make_data(folder: Path, count: int, side: int, per_shard: int = 100):
 def open_clip_data(data, preprocess, context_length: int, batch_size: int, workers: int):
     "open_clip_train's loader over the same shards."
     import open_clip
-    from open_clip_train.data import get_wds_dataset
+    from functools import partial
+
+    import open_clip_train.data as theirs
+    from webdataset.tariterators import tar_file_expander
+    theirs.tar_file_expander = partial(tar_file_expander, eof_value=None)  # else it trips over the end marks of this webdataset
     pattern = "::".join(data.urls)
     args = argparse.Namespace(train_data=pattern, train_num_samples=sum(map(len, data.captions)), dataset_resampled=False, seed=0, batch_size=batch_size,
                               workers=workers, world_size=1, train_data_upsampling_factors=None)
-    return get_wds_dataset(args, preprocess, True, tokenizer=open_clip.SimpleTokenizer(context_length=context_length))
+    return theirs.get_wds_dataset(args, preprocess, True, tokenizer=open_clip.SimpleTokenizer(context_length=context_length))
 
 
 def pictures() -> Iterator[Line]:
@@ -259,7 +263,7 @@ def pictures() -> Iterator[Line]:
         data = make_data(Path(folder), 1600, 512)
         student = build_student("ViT-B-32", imagenet=False, train_image="all", teacher_dim=64, n_concepts=8)
         recipe = dataclasses.replace(shard_recipe(LAPTOP), student="ViT-B-32", imagenet=False, train_image="all", batch_size=100, epochs=1, k=8)
-        transform = open_clip.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip)), is_train=True)
+        transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip)), is_train=True)
         loader = open_clip_data(data, transform, 77, 50, 2).dataloader
         count = sum(map(len, data.captions))
         ours, theirs, ratio = interleaved(lambda: [None for _ in read_steps(student, data, recipe, 2, workers=2)], lambda: [None for _ in loader], 2)
@@ -284,7 +288,7 @@ def training() -> Iterator[Line]:
         data, runs = make_data(Path(folder), 1600, 64), iter(range(1000))
         clip = build_student("kklip-laptop-vit", imagenet=False, train_image="all").clip
         clip.output_dict = True
-        transform = open_clip.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(clip)), is_train=True)
+        transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(clip)), is_train=True)
         optimizer, loader = make_optimizer(clip, 1e-3, 0.1), open_clip_data(data, transform, clip.context_length, 128, 1)
         args = argparse.Namespace(device="cpu", precision="fp32", distill=False, accum_freq=1, skip_scheduler=True, grad_clip_norm=None, horovod=False, rank=0,
                                   log_every_n_steps=1000, batch_size=128, world_size=1, wandb=False, local_rank=0, save_logs=False, distributed=False)
