@@ -336,10 +336,14 @@ def as_row(line: Line) -> dict[str, str]:
 
 def markdown(rows: list[dict[str, str]]) -> str:
     "results/bench.md."
+    from kklip_nb.evidence.study import read_rows
     lines = ["# Speed, side by side", "", "Made by `make bench`. Ours and theirs run in turn in one process; the ratio is the median over the turns.", "",
              "| what | compared with | ours | theirs | unit | ours / theirs | target | holds |", "|---|---|---|---|---|---|---|---|"]
     lines += [f"| {r['what']} | {r['theirs']} | {r['ours_value']} | {r['theirs_value']} | {r['unit']} | {r['ratio']} | {r['target']} | {r['holds']} |" for r in rows]
     measured = dict.fromkeys((r["machine"], r["date"]) for r in rows)
+    ours, theirs = ({k: float(r[k]) for k in ("seconds", "peak_gb", "inertia_per_row")} for r in read_rows(PATH.with_name("cluster.csv")))
+    whole = ", ".join(f"{k.replace('_', ' ')} {ours[k]:.4g} against {theirs[k]:.4g} ({ours[k] / theirs[k]:.3f})" for k in ours)
+    lines += ["", f"The clustering stage at 500,000 × 4,096, k = 1,000, beside scikit-learn in memory (`make bench-cluster`, cluster.csv): {whole}."]
     return "\n".join([*lines, "", *(f"Measured on {m}, {d}." for m, d in measured), ""])
 
 
