@@ -257,18 +257,25 @@ def captions_hash(
     return hashlib.sha256(json.dumps(list(captions), ensure_ascii=False).encode()).hexdigest()
 
 # %% ../nbs/01_teacher.ipynb #e18044ee
+def _eight_bits(x: np.ndarray) -> dict[str, np.ndarray]:
+    low = x.min(0)
+    step = np.maximum((x.max(0) - low) / 255, np.float32(1e-12))
+    return dict(embeddings=np.round((x - low) / step).astype(np.uint8), low=low, step=step)
+
 def save_embeddings(
     path: str | Path,  # a .safetensors file
-    embeddings: np.ndarray,  # (n, d); stored as float16
+    embeddings: np.ndarray,  # (n, d)
     captions: Sequence[str],  # the n captions they belong to
+    bits: int = 16,  # 16: float16; 8: whole numbers from 0 to 255, spread over the range of each column
     **provenance: str,  # teacher, pooling, layer, prompt …
 ) -> Path:
     "Record embeddings with their provenance; the file appears whole or not at all."
     if len(embeddings) != len(captions): raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions")
     with np.errstate(over="ignore"): half = np.ascontiguousarray(embeddings, dtype=np.float16)
     if not np.isfinite(half).all(): raise ValueError("embeddings hold NaN or exceed float16's 65504; use another layer")
+    tensors = _eight_bits(np.asarray(embeddings, np.float32)) if bits == 8 else {"embeddings": half}
     metadata = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
-    return save_tensors(path, {"embeddings": half}, metadata)
+    return save_tensors(path, tensors, metadata)
 
 # %% ../nbs/01_teacher.ipynb #902b2afd
 def load_embeddings(
@@ -280,12 +287,14 @@ def load_embeddings(
     if not Path(path).exists(): raise FileNotFoundError(f"no embeddings at {path}; make them with embed_captions")
     try:
         with safe_open(path, framework="numpy") as file:
-            found, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
+            found, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+        embeddings = tensors["embeddings"].astype(np.float32)
+        if "step" in tensors: embeddings = tensors["low"] + tensors["step"] * embeddings
     except Exception as error:
         raise ValueError(f"{path} is no file of recorded embeddings ({error}); delete it and record again") from error
     expected = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
     check_found(path, found, expected, "record again")
-    return embeddings.astype(np.float32)
+    return embeddings
 
 # %% ../nbs/01_teacher.ipynb #5f94f9b9
 def standardise(

@@ -60,7 +60,7 @@ def test_a_value_of_another_type_is_refused(line, capsys):
 
 def test_every_field_but_the_words_is_an_option():
     for f in dataclasses.fields(Recipe):
-        if f.name in cli.NO_WORDS: continue
+        if f.name in cli.FOR_WORDS: continue
         value, option = getattr(PAPER, f.name), f.name.replace("_", "-")
         line = [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
         assert getattr(given(*line), f.name) == value

@@ -265,7 +265,7 @@ def test_training_shards_are_no_held_out_shards(folder, data, tmp_path):
     (dict(), dict(streams=3), 1, "batch_size=8 cannot be cut into 3 streams"),
     (dict(), dict(streams=4), 3, "4 streams for 3 processes; expected a multiple"),
     (dict(batch_size=80), dict(streams=2), 1, "hold 72 different captions"),
-    (dict(word_batch=4), dict(), 1, r"pass shard_recipe\(recipe\)"),
+    (dict(first_steps=4), dict(), 1, r"pass shard_recipe\(recipe\)"),
     (dict(word_table=True), dict(), 1, r"pass shard_recipe\(recipe\)"),
     (dict(), dict(streams=0), 1, "streams=0; expected at least 1"),
     (dict(), dict(keep=0), 1, "keep=0; expected at least 1"),

@@ -34,7 +34,7 @@ def test_every_setting_has_a_reason_and_the_paper_s_value():
 
 
 WRONG = [(name, value) for name, values in dict(
-    epochs=(0, -1, 2.5, "3", True, None, math.inf), batch_size=(1, 0, 256.0), k=(0,), words=(-1,), word_batch=(-1,), warmup=(-1,),
+    epochs=(0, -1, 2.5, "3", True, None, math.inf), batch_size=(1, 0, 256.0), k=(0,), words=(-1,), first_steps=(-1, 1.5), first_batch=(0,), first_lr=(0, -1.0), warmup=(-1,),
     seed=(-1, 0.5), layer=(1.0, None), lr=(0, 0.0, -1e-3, math.nan, math.inf, "1e-3", True), temperature=(0.0, math.nan, -math.inf),
     alpha=(-1.0, math.nan, math.inf), beta=(-0.1,), gamma=(math.inf,), weight_decay=(-0.1, math.nan), train_image=("none", None),
     normalise=("length",), projection=("deep",), concept_on=("none", ""), pooling=("first",), prompt=("no place", None),

@@ -223,7 +223,7 @@ def test_scenes_train_plain_clip_for_a_step(tmp_path, monkeypatch):
 
     monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
     some = P.make_scenes(12, seed=0)
-    recipe = dataclasses.replace(LAPTOP, alpha=0.0, beta=0.0, words=0, word_batch=0, word_table=False, epochs=1, batch_size=8, k=3, imagenet=False)
+    recipe = dataclasses.replace(LAPTOP, alpha=0.0, beta=0.0, words=0, first_steps=0, word_table=False, epochs=1, batch_size=8, k=3, imagenet=False)
     run = run_recipe(recipe, P.scene_material(some), np.arange(12))
     assert len(run.history) == 1 and run.image_features.shape == (12, 128)
 

@@ -246,7 +246,7 @@ def scene_material(
     embeddings: np.ndarray | None = None,  # (n, d) raw teacher embeddings of their captions; None: word counts, for alpha = beta = 0
     size: int = 128,  # side of the pictures in pixels
 ) -> Material:
-    "What a run on scenes is made from, for recipes with word_batch=0 and word_table=False; without a teacher it is of use for plain CLIP alone."
+    "What a run on scenes is made from, for recipes with first_steps=0 and word_table=False; without a teacher it is of use for plain CLIP alone."
     pairs = scene_pairs(scenes, size)
     if embeddings is None: embeddings = bag_of_words(pairs.captions)(pairs.captions)
     if len(embeddings) != len(scenes): raise ValueError(f"{len(embeddings)} embeddings for {len(scenes)} scenes; expected one each")

@@ -43,7 +43,7 @@ def shard_recipe(
     recipe: Recipe,
 ) -> Recipe:
     "The same recipe without captions that have no image: shards hold pairs alone."
-    return dataclasses.replace(recipe, word_table=False, words=0, word_batch=0)
+    return dataclasses.replace(recipe, word_table=False, words=0, first_steps=0)
 
 # %% ../../nbs/scale/04_loader.ipynb #3b66b76c
 class ShardData(NamedTuple):

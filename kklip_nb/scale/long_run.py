@@ -242,7 +242,7 @@ def check_run(
 ) -> None:
     "The door of train_shards: raises ValueError for what cannot be trained."
     check_batch(data, recipe, settings.streams, world.world_size)
-    if recipe.word_batch or recipe.word_table: raise ValueError("shards hold pairs alone; pass shard_recipe(recipe)")
+    if recipe.first_steps or recipe.word_table: raise ValueError("shards hold pairs alone; pass shard_recipe(recipe)")
     if settings.accumulate and (streams := settings.streams) == world.world_size:
         raise ValueError(f"accumulate needs several streams a process, not {streams} in all; give {4 * streams}")
     if world.rank == 0: check_held_out(held_out, data)
