@@ -13,7 +13,7 @@ import kklip_nb
 
 FLOORS = {
     "": ["tools", "data", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization"],
-    "evidence.": ["scenes", "text_probe", "attributes", "one_word", "study", "comparison", "runner", "attribute_data"],
+    "evidence.": ["scenes", "text_probe", "attributes", "one_word", "other_words", "study", "comparison", "runner", "attribute_data"],
     "scale.": ["shards", "embeddings", "clustering", "loader", "distributed", "long_run", "export", "rehearsal", "command_line"],
 }
 MODULES = [floor + name for floor, names in FLOORS.items() for name in names]  # each may import those before it; the upper floors not each other
