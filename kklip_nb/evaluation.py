@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'hits_at_k', 'first_place', 'retrieval_recall', 'median_rank', 'class_features', 'zero_shot_hits',
-           'knn_hits', 'alignment', 'uniformity', 'bootstrap_interval', 'seed_interval', 'item_scores', 'evaluate',
-           'chance_levels']
+           'knn_hits', 'alignment', 'uniformity', 'bootstrap_interval', 'seed_interval', 'item_scores', 'words_seen',
+           'evaluate', 'chance_levels']
 
 # %% ../nbs/07_evaluation.ipynb #329c81e2
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
+from .data import fold_caption
 from .tools import finite_matrix
 
 # %% ../nbs/07_evaluation.ipynb #c3091a64
@@ -216,6 +218,17 @@ def item_scores(
     for kind, x in (("image", images), ("text", texts)):
         items[f"knn_{kind}"] = knn_hits(x[train], [classes[i] for i in train], x[known], truth)
     return items
+
+# %% ../nbs/07_evaluation.ipynb #7b0c91e5
+def words_seen(
+    captions: Sequence[str],  # n captions
+    known: Sequence[str],  # the captions that were trained on
+) -> np.ndarray:  # (n,) 'none', 'some' or 'all'
+    "How many of a caption's words stand in any of the known captions."
+    words = lambda text: set(re.findall(r"\w+", fold_caption(text)))
+    seen = set().union(*map(words, known))
+    share = [len(words(c) & seen) / max(1, len(words(c))) for c in captions]
+    return np.array(["none" if s == 0 else "all" if s == 1 else "some" for s in share])
 
 # %% ../nbs/07_evaluation.ipynb #76256895
 def evaluate(

@@ -1,10 +1,9 @@
 """Runs that are repeated over five seeds, and the tables made from them; each resumes run by run.
 
-    python scripts/study.py compare    # plain CLIP against KKLIP on the test set: results/runs.csv, comparison.md, .csv and .png
-    python scripts/study.py choose     # how the settings were chosen, on the validation splits: results/runs-val.csv, choices.md
-    python scripts/study.py core       # the study's main rows: results/study.csv, which nbs/evidence/05_study.ipynb draws
-    python scripts/study.py all        # all rows of the study
-    python scripts/study.py compare --tables    # run nothing; write the tables again
+    python scripts/study.py core      # the study's main rows: results/study.csv, other_words.csv, ladder.md and queries.png
+    python scripts/study.py all       # all rows of the study
+    python scripts/study.py choose    # how the settings were chosen, on the validation splits: results/runs-val.csv, choices.md
+    python scripts/study.py core --tables    # run nothing; write the tables again
 """
 
 import signal
@@ -16,31 +15,12 @@ import os
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
-
-from kklip_nb.data import load_openmoji, split_by_base
-from kklip_nb.evaluation import chance_levels
-from kklip_nb.evidence.comparison import SHOWN, choices_table, comparison_differences, comparison_rows, comparison_table
+from kklip_nb.evidence.choices import SCORES, choices_table
 from kklip_nb.evidence.runner import LISTS, prepare, run_tasks, tasks
-from kklip_nb.evidence.study import plot_differences, points, read_rows, write_rows
+from kklip_nb.evidence.study import ladder_table, other_words_lines, read_rows, write_rows
 from kklip_nb.tools import write_atomically
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-
-
-def write_comparison(runs: list[dict]) -> str:
-    "results/comparison.csv, .png and .md."
-    pairs = load_openmoji()
-    split = split_by_base(pairs.bases)
-    write_rows(RESULTS / "comparison.csv", comparison_rows(runs))
-    figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
-    plot_differences(comparison_differences(runs), {("openmoji", m): name for m, name in SHOWN.items() if points(m) == 100}, ax)
-    figure.savefig(RESULTS / "comparison.png", dpi=100, metadata={"Software": ""})
-    return write("comparison.md", comparison_table(runs, chance_levels(pairs.subcategories, split.test, split.train)))
 
 
 def write(name: str, text: str) -> str:
@@ -48,21 +28,25 @@ def write(name: str, text: str) -> str:
     return text
 
 
+def write_tables(study: str, runs: list[dict]) -> str:
+    "What follows from the finished runs."
+    if study == "choose": return write("choices.md", "\n".join(f"**{d}**\n\n{choices_table(runs, d)}" for d in SCORES))
+    write_rows(RESULTS / "other_words.csv", other_words_lines(runs))
+    return write("ladder.md", ladder_table(runs))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("compare", "choose", "core", "all"))
+    parser.add_argument("what", choices=("core", "all", "choose"))
     parser.add_argument("--tables", action="store_true", help="run nothing; write the tables again")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 3), help="processes, with one thread and about 1.5 GB each")
     args = parser.parse_args()
-    study = args.what if args.what in LISTS else "study"
+    study = "choose" if args.what == "choose" else "study"
     path, wanted = RESULTS / LISTS[study][1], tasks(study, core=args.what == "core")
     if not args.tables:
         prepare(wanted, args.workers)
         run_tasks(wanted, path, args.workers)
-    runs = read_rows(path)
-    if study == "compare": print(write_comparison(runs))
-    elif study == "choose": print(write("choices.md", choices_table(runs)))
-    else: print(f"results/{path.name} holds {len(runs)} runs; nbs/evidence/05_study.ipynb draws them")
+    print(write_tables(study, read_rows(path)))
     return 0
 
 
