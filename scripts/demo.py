@@ -138,8 +138,9 @@ def report(runs: dict[str, Run], table: dict[str, dict], rows: list[list[str]], 
     teacher = standardise(material.embeddings, material.embeddings[split.train].mean(0))[split.test]
     found = {name: f"{points('t2i_r5') * metrics['t2i_r5'][0]:.1f} % ({name})" for name, metrics in table.items()}
     answer = [f"Asked by the names of {len(split.test)} held-out pictures, the right one is among the first five for {' and '.join(found.values())} of them.",
-              "One run each, from one seed; the intervals below resample the base concepts, each with all its variants."]
-    page = report_html("CLIP and KKLIP: one run", answer, ["in %", *SHOWN.values()], rows, drawn_queries(runs, material, split.test, teacher),
+              "One run each, from one seed. The table is in percent, but for the median rank; its intervals resample the base concepts."]
+    cells = [[cell.replace(" (", "\n(") for cell in row] for row in rows]
+    page = report_html("CLIP and KKLIP: one run", answer, ["", *SHOWN.values()], cells, drawn_queries(runs, material, split.test, teacher),
                        concept_maps(runs, material, split, teacher), material.pairs.images, material.pairs.captions, CREDIT, draw(runs, material))
     (OUT / "report.html").write_text(page, encoding="utf-8")
     return OUT / "report.html"

@@ -122,7 +122,7 @@ def report_html(
     title: str,
     answer: Sequence[str],  # plain sentences, the first one is printed large
     table_head: Sequence[str],
-    table_rows: Sequence[Sequence[str]],  # as many cells each as the head
+    table_rows: Sequence[Sequence[str]],  # as many cells each as the head; a cell may have several lines
     queries: Sequence[Query],  # in the order in which they were drawn; the systems of the first one are those of all
     maps: Sequence[Map],
     images: np.ndarray,  # (n, size, size, 3) uint8

@@ -42,7 +42,7 @@ def given(tmp_path_factory):
     maps = [Map(name, rng.normal(size=(35, 2)), rows.tolist(), labels, names) for name in ("CLIP & co", "KKLIP")]
     Image.new("RGB", (1100, 300), "gray").save(path := tmp_path_factory.mktemp("figures") / "losses.png")
     return dict(title="Does <it> help?", answer=["KKLIP finds 17.25 & CLIP 3.5 of 100.", "No more."], table_head=["", "R@1", "median rank"],
-                table_rows=[["CLIP", "1.25 ± 0.5", "211"], ["KKLIP", "9.75 ± 0.25*", "31.5"]], queries=queries, maps=maps, images=pictures(40),
+                table_rows=[["CLIP", "1.25\n(0.5–2)", "211"], ["KKLIP", "9.75 ± 0.25*", "31.5"]], queries=queries, maps=maps, images=pictures(40),
                 captions=captions, credit="Pictures: <me>, https://example.org/licence", figures={"Losses": path})
 
 
