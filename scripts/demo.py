@@ -30,7 +30,8 @@ from kklip_nb.evidence.text_probe import student_encoder
 from kklip_nb.teacher import standardise
 from kklip_nb.tools import cache_dir
 from kklip_nb.training import LAPTOP, Material, Recipe, Run, checkpoint_path, run_recipe
-from kklip_nb.visualization import concept_names, distinct_concepts, plot_concepts, plot_images, plot_similarities, umap_project
+from kklip_nb.visualization import concept_names, distinct_concepts, plot_concepts, plot_similarities, umap_project
+from report import Map, Query, make_queries, report_html
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / (sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "outputs")
@@ -70,47 +71,79 @@ def scores(run: Run, material: Material, split) -> dict[str, tuple[float, float,
     return result
 
 
-def report(table: dict[str, dict], chance: dict[str, float], n_test: int) -> str:
-    "The comparison as Markdown; also outputs/comparison.csv."
-    rows = [dict(student=name, metric=m, value=f"{v:.4f}", low=f"{low:.4f}", high=f"{high:.4f}", chance=chance.get(m, ""))
-            for name, metrics in table.items() for m, (v, low, high) in metrics.items()]
-    write_rows(OUT / "comparison.csv", rows)
-    cells = [[name, *("{:.1f} ({:.1f}–{:.1f})".format(*(points(m) * v for v in metrics[m])) for m in SHOWN)] for name, metrics in table.items()]
-    guess = ["*guessing*", *(f"{points(m) * chance[m]:.1f}" for m in SHOWN)]
-    text = f"One seed, {n_test} held-out pairs; in %, with 95 % intervals that resample base concepts.\n\n" + markdown_table(["", *SHOWN.values()], [*cells, guess])
+def comparison(table: dict[str, dict], chance: dict[str, float], n_test: int) -> tuple[str, list[list[str]]]:
+    "The comparison as Markdown and as rows of cells; also outputs/comparison.csv and .md."
+    lines = [dict(student=name, metric=m, value=f"{v:.4f}", low=f"{low:.4f}", high=f"{high:.4f}", chance=chance.get(m, ""))
+             for name, metrics in table.items() for m, (v, low, high) in metrics.items()]
+    write_rows(OUT / "comparison.csv", lines)
+    cell = lambda m, values: "{:.1f} ({:.1f}–{:.1f})".format(*(points(m) * v for v in values))
+    rows = [[name, *(cell(m, metrics[m]) for m in SHOWN)] for name, metrics in table.items()]
+    rows.append(["guessing", *(f"{points(m) * chance[m]:.1f}" for m in SHOWN)])
+    text = f"One seed, {n_test} held-out pairs; in %, with 95 % intervals that resample base concepts.\n\n" + markdown_table(["", *SHOWN.values()], rows)
     (OUT / "comparison.md").write_text(text, encoding="utf-8")
-    return text
+    return text, rows
 
 
-def draw(runs: dict[str, Run], material: Material, split) -> list[Path]:
-    "Loss curves, concept maps and the six captions' similarities."
-    paths = [OUT / f"{name}.png" for name in ("losses", "concepts", "concept-images", "similarities")]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+def saved(figure: plt.Figure, name: str) -> Path:
+    "Where the figure lies."
+    figure.savefig(OUT / name, dpi=100)
+    plt.close(figure)
+    return OUT / name
+
+
+def draw(runs: dict[str, Run], material: Material) -> dict[str, Path]:
+    "Loss curves and the six captions' similarities: title → file."
+    losses, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     for ax, part in zip(axes, ("contrastive", "distillation", "concept")):
         for (name, run), style in zip(runs.items(), ("--", "-")): ax.plot([h[part] for h in run.history], style, color="black", label=name)
         ax.set(xlabel="step", ylabel=f"{part} loss", title=f"{part} loss on training batches", yscale="log" if part == "distillation" else "linear")
-    axes[0].legend(); figure.savefig(paths[0], dpi=100); plt.close(figure)
-    concepts, test = runs["KKLIP"].concepts, split.test  # held-out rows: a map of training rows would show memory
-    targets = standardise(material.embeddings, material.embeddings[split.train].mean(0))
-    labels = soft_labels(targets[test], concepts.centroids, LAPTOP.temperature).argmax(1)
-    names = concept_names([material.pairs.captions[i] for i in split.train], concepts.labels)
-    shown = distinct_concepts(labels)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
-    spaces = {"teacher": targets[test]} | {name: run.text_features[test].numpy() for name, run in runs.items()}
-    maps = {name: umap_project(x) for name, x in spaces.items()}
-    for ax, (name, places) in zip(axes, maps.items()): plot_concepts(places, labels, names, shown, ax, f"{name}: held-out captions")
-    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=8)
-    figure.savefig(paths[1], dpi=100); plt.close(figure)
-    figure, ax = plt.subplots(figsize=(8, 7), layout="constrained")
-    plot_images(maps["KKLIP"], material.pairs.images[test], ax, title=f"KKLIP's features of held-out captions, drawn as their images\n({CREDIT})")
-    figure.savefig(paths[2], dpi=100); plt.close(figure)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    axes[0].legend()
+    similarities, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     six = six_rows(material.pairs.captions)
     for ax, (name, run) in zip(axes, runs.items()):
-        images, texts = (torch.nn.functional.normalize(f[six], dim=1).numpy() for f in (run.image_features, run.text_features))
-        plot_similarities(images @ texts.T, [material.pairs.captions[i] for i in six], ax, name)
-    figure.savefig(paths[3], dpi=100); plt.close(figure)
-    return paths
+        plot_similarities(unit(run.image_features[six]) @ unit(run.text_features[six]).T, [material.pairs.captions[i] for i in six], ax, name)
+    return {"Losses on training batches": saved(losses, "losses.png"),
+            "Six images and their captions: cosines": saved(similarities, "similarities.png")}
+
+
+def unit(features: torch.Tensor | np.ndarray) -> np.ndarray:
+    "Rows of length one."
+    return torch.nn.functional.normalize(torch.as_tensor(features), dim=1).numpy()
+
+
+def drawn_queries(runs: dict[str, Run], material: Material, test: np.ndarray, teacher: np.ndarray) -> list[Query]:
+    "Held-out captions, drawn by a fixed seed; the teacher compares them with captions, since it sees no pictures."
+    drawn = np.random.default_rng(0).choice(len(test), min(40, len(test)), replace=False)
+    similarities = {name: unit(run.text_features[test[drawn]]) @ unit(run.image_features[test]).T for name, run in runs.items()}
+    similarities["teacher"] = unit(teacher[drawn]) @ unit(teacher).T
+    return make_queries([material.pairs.captions[i] for i in test[drawn]], np.eye(len(test), dtype=bool)[drawn], similarities, test)
+
+
+def concept_maps(runs: dict[str, Run], material: Material, split, teacher: np.ndarray) -> list[Map]:
+    "The held-out captions as the teacher and the students see them; a map of training rows would show memory."
+    concepts = runs["KKLIP"].concepts
+    labels = soft_labels(teacher, concepts.centroids, LAPTOP.temperature).argmax(1)
+    names = concept_names([material.pairs.captions[i] for i in split.train], concepts.labels)
+    spaces = {name: run.text_features[split.test].numpy() for name, run in runs.items()} | {"teacher": teacher}
+    maps = [Map(f"{name}: held-out captions", umap_project(x), split.test.tolist(), labels, names) for name, x in spaces.items()]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    for ax, m in zip(axes, maps): plot_concepts(m.places, labels, names, distinct_concepts(labels), ax, m.name)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=8)
+    saved(figure, "concepts.png")
+    return maps
+
+
+def report(runs: dict[str, Run], table: dict[str, dict], rows: list[list[str]], material: Material, split) -> Path:
+    "outputs/report.html: all that this run has to show, in one file."
+    teacher = standardise(material.embeddings, material.embeddings[split.train].mean(0))[split.test]
+    found = {name: f"{points('t2i_r5') * metrics['t2i_r5'][0]:.1f} % ({name})" for name, metrics in table.items()}
+    answer = [f"Asked by the names of {len(split.test)} held-out pictures, the right one is among the first five for {' and '.join(found.values())} of them.",
+              "One run each, from one seed. The table is in percent, but for the median rank; its intervals resample the base concepts."]
+    cells = [[cell.replace(" (", "\n(") for cell in row] for row in rows]
+    page = report_html("CLIP and KKLIP: one run", answer, ["", *SHOWN.values()], cells, drawn_queries(runs, material, split.test, teacher),
+                       concept_maps(runs, material, split, teacher), material.pairs.images, material.pairs.captions, CREDIT, draw(runs, material))
+    (OUT / "report.html").write_text(page, encoding="utf-8")
+    return OUT / "report.html"
 
 
 def main() -> int:
@@ -128,14 +161,15 @@ def main() -> int:
         runs[name] = train(name, recipe, material, split.train)
     say("evaluating on held-out concepts")
     table = {name: scores(run, material, split) for name, run in runs.items()}
-    text = report(table, chance_levels(material.pairs.subcategories, split.test, split.train), len(split.test))
-    say("drawing the figures")
-    figures = draw(runs, material, split)
+    text, rows = comparison(table, chance_levels(material.pairs.subcategories, split.test, split.train), len(split.test))
+    say("drawing the report")
+    page = report(runs, table, rows, material, split)
     say("done\n")
     print(text)
     committed = ROOT / "results" / "comparison.md"
     if committed.exists(): print("The committed comparison over five seeds, from `make compare` (not computed now):\n\n" + committed.read_text(encoding="utf-8"))
-    for path in sorted([*figures, *OUT.glob("comparison.*"), *OUT.glob("*.safetensors")]): print(path.relative_to(ROOT))
+    for path in sorted(OUT.iterdir()): print(path)
+    print(f"\nOpen this in a browser: {page.as_uri()}")
     return 0
 
 

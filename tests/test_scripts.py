@@ -1,6 +1,7 @@
 """The comparison and the choices: their arithmetic, the committed files, and that a stopped list of runs is taken up."""
 
 import csv
+import html
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from joblib import parallel_config
 from scipy import stats
 
@@ -120,6 +122,38 @@ def test_a_finished_run_is_not_run_again_and_a_changed_one_is(tmp_path, monkeypa
     path.write_text("".join(lines[:4]))  # stopped after three
     assert len(go()) == 10 and len(ran) == 17
     assert len(go(lr=0.3)) == 10 and [t[2:] for t in ran[17:]] == [("b", s) for s in range(5)]
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    "The script, writing into a folder of its own; its maps are random, since UMAP takes its time."
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    spec = spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    spec.loader.exec_module(module := module_from_spec(spec))
+    monkeypatch.setattr(module, "OUT", tmp_path)
+    monkeypatch.setattr(module, "umap_project", lambda x: np.random.default_rng(0).normal(size=(len(x), 2)))
+    return module
+
+
+def test_the_demo_ends_with_a_report_of_its_numbers_and_of_a_fixed_draw(demo, material, tmp_path, rng):
+    from kklip_nb.data import split_by_base
+    from kklip_nb.training import LAPTOP, Run, make_targets
+    split = split_by_base(material.pairs.bases)
+    texts = torch.from_numpy(rng.normal(size=(len(material.pairs.captions), 8)))
+    history = [dict.fromkeys(("contrastive", "distillation", "concept"), 1.0)] * 2
+    concepts = make_targets(material.embeddings, split.train, LAPTOP)[1]
+    runs = {name: Run(None, history, images, texts, concepts) for name, images in (("CLIP", -texts), ("KKLIP", texts))}
+    table = {name: {m: (level, 0.1, 0.9) for m in SHOWN} for name, level in (("CLIP", 0.125), ("KKLIP", 0.25))}
+    text, rows = demo.comparison(table, dict.fromkeys(SHOWN, 0.5), len(split.test))
+    assert "| CLIP | 12.5 (10.0–90.0) | " in text and [row[0] for row in rows] == ["CLIP", "KKLIP", "guessing"]
+    page = demo.report(runs, table, rows, material, split).read_text(encoding="utf-8")
+    assert "12.5 % (CLIP) and 25.0 % (KKLIP)" in page and page.count("25.0\n(10.0–90.0)") == len(SHOWN) - 1
+    queries = demo.drawn_queries(runs, material, split.test, material.embeddings[split.test])
+    assert [f"“{q.text}”" for q in queries] == [html.unescape(h) for h in re.findall("<h3>(.*?)</h3>", page)]
+    for q in queries: assert q.right[0] in split.test and material.pairs.captions[q.right[0]] == q.text
+    for q in queries: assert q.place == dict(CLIP=len(split.test), KKLIP=1, teacher=1) and q.found["KKLIP"][0] == q.found["teacher"][0] == q.right[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "comparison.csv", "comparison.md", "losses.png", "similarities.png", "concepts.png"}
+    assert len(page) < 4e6
 
 
 def test_the_entry_point_writes_the_committed_tables_again(tmp_path, monkeypatch, capsys):
