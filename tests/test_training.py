@@ -252,7 +252,7 @@ def test_weights_alone_leave_the_random_state(tmp_path):
 
 
 def test_a_run_is_named_by_all_that_it_reads():
-    recipe = dataclasses.replace(TINY, alpha=1.0, word_batch=2, word_table=True)
+    recipe = dataclasses.replace(TINY, alpha=1.0, first_steps=2, word_table=True)
     pairs = Pairs(np.zeros((4, 2, 2, 3), np.uint8), list("abcd"), list("abcd"), [None] * 4, [None] * 4)
     table = WordTable(np.arange(3), np.ones((3, 4), np.float32))
     material = training.Material(pairs, np.eye(4), ["x", "y"], np.ones((2, 4)), table)
@@ -265,7 +265,10 @@ def test_a_run_is_named_by_all_that_it_reads():
     assert training.run_key(recipe, material, [0, 1, 2]) in path().name
     assert training.run_key(recipe, material, [0]) == training.run_key(recipe, other_pictures, [0])
     unread = material._replace(word_embeddings=np.zeros((2, 4)), word_table=table._replace(ids=np.arange(1, 4)))
-    for plain in (dict(alpha=0.0, word_table=False), dict(word_batch=0, word_table=False)): assert path(**plain) == path(unread, **plain)
+    plain = dict(first_steps=0, word_table=False)
+    assert path(**plain) == path(unread, **plain)
+    only = [training.run_key(dataclasses.replace(recipe, **changed), material, [0], ("first_lr", "seed")) for changed in ({}, dict(alpha=3.0), dict(first_lr=1.0), dict(seed=2))]
+    assert only[0] == only[1] and len(set(only)) == 3
 
 
 # ---- what a step reads
@@ -281,14 +284,56 @@ def test_concept_loss_on_each_modality_and_side_by_side():
     torch.testing.assert_close(parts["both"], (parts["image"] + parts["text"]) / 2)
 
 
-def test_captions_without_images_count_in_distillation_alone():
-    student, batch = tiny_student(), training.batch_of(tiny_inputs(), range(8))
-    extra = Texts(batch.tokens[:3], batch.targets[3:6])
-    _, parts = compute_losses(student, batch, TINY)
-    _, more = compute_losses(student, batch, TINY, extra)
-    distances = [(student.predict_teacher(student.encode_text(t[None])) - y).pow(2).sum() for x in (batch, extra) for t, y in zip(x.tokens, x.targets)]
-    torch.testing.assert_close(more["distillation"], sum(distances) / 11)
-    for name in ("concept", "contrastive"): torch.testing.assert_close(more[name], parts[name])
+def test_text_batches_hold_every_caption_once_and_captions_of_like_length():
+    rng = np.random.default_rng(0)
+    tokens = torch.zeros(103, 9, dtype=torch.long)
+    for row, length in enumerate(rng.integers(2, 10, 103)): tokens[row, :length] = 1
+    batches = training.text_batches(tokens, 16, seed=0, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(103)) and len(batches) == 7 and max(map(len, batches)) <= 16
+    lengths = tokens.sum(1).numpy()
+    spans = sorted((lengths[rows].min(), lengths[rows].max()) for rows in batches)
+    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:])), "no batch is longer than the next one's shortest"
+    again = training.text_batches(tokens, 16, seed=0, epoch=0)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again))
+    for other in (dict(seed=1, epoch=0), dict(seed=0, epoch=1)): assert any(not np.array_equal(a, b) for a, b in zip(batches, training.text_batches(tokens, 16, **other)))
+
+
+def test_the_first_stage_is_a_naive_loop_over_distillation_alone():
+    inputs, recipe = tiny_inputs(), dataclasses.replace(TINY, first_steps=5, first_batch=8, first_lr=0.01, warmup=2, seed=3)
+    texts, student, naive = Texts(inputs.tokens, inputs.targets), tiny_student(), tiny_student()
+    before = {n: p.clone() for n, p in student.named_parameters()}
+    history = training.first_stage(student, texts, recipe)
+    optimizer, rows = make_optimizer(naive, 0.01, recipe.weight_decay), [r for e in range(9) for r in training.text_batches(texts.tokens, 8, 3, e)]
+    for step in range(5):
+        predicted = naive.to_teacher(torch.nn.functional.normalize(naive.clip.encode_text(texts.tokens[rows[step]]), dim=1))
+        loss = (predicted - texts.targets[rows[step]]).pow(2).sum(1).mean()
+        optimizer.zero_grad(); loss.backward()
+        for group in optimizer.param_groups: group["lr"] = learning_rate(step, 5, 0.01, 2)
+        optimizer.step()
+        assert history[step]["distillation"] == pytest.approx(loss.item(), rel=1e-5) and history[step]["lr"] == learning_rate(step, 5, 0.01, 2)
+    for (n, p), q in zip(student.named_parameters(), naive.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=n)
+    moved = {n for n, p in student.named_parameters() if not p.equal(before[n])}
+    assert moved and not any("visual" in n or "concepts" in n or "logit_scale" in n for n in moved), "the text side and its map alone"
+
+
+def test_a_first_stage_that_diverges_is_refused():
+    recipe = dataclasses.replace(TINY, first_steps=9, first_batch=8, first_lr=1e30)
+    with pytest.raises(ValueError, match="first stage is not finite.*first_lr"): training.first_stage(tiny_student(), Texts(*tiny_inputs()[2:4]), recipe)
+
+
+def test_a_first_stage_is_kept_under_what_it_reads(monkeypatch, tmp_path):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    texts, recipe, calls = Texts(*tiny_inputs()[2:4]), dataclasses.replace(TINY, first_steps=3, first_batch=8), []
+    real = training.first_stage
+    monkeypatch.setattr(training, "first_stage", lambda *args: calls.append(1) or real(*args))
+    one, two, other = tiny_student(), tiny_student(), tiny_student()
+    history = training.cached_first_stage(one, texts, recipe, "a")
+    assert training.cached_first_stage(two, texts, recipe, "a") == history and len(calls) == 1 and same_weights(one, two)
+    training.cached_first_stage(other, texts, recipe, "b")
+    assert len(calls) == 2
+    next(tmp_path.glob("first/*")).write_bytes(b"broken")
+    training.cached_first_stage(tiny_student(), texts, recipe, next(iter({"a", "b"} - {p.stem for p in tmp_path.glob("first/*") if p.stat().st_size > 9})))
+    assert len(calls) == 3, "a broken file is made anew"
 
 
 def test_captions_cut_to_the_longest_give_the_same_step():
@@ -301,13 +346,13 @@ def test_captions_cut_to_the_longest_give_the_same_step():
     inputs, lengths = tiny_inputs(), torch.arange(N) % 4 + 2
     tokens = torch.zeros(N, 12, dtype=torch.long)
     for row, length in enumerate(lengths): tokens[row, :length] = torch.cat([inputs.tokens[row, :length - 1], torch.tensor([49])])
-    inputs, words = inputs._replace(tokens=tokens), Texts(tokens[:4], inputs.targets[:4])
+    inputs = inputs._replace(tokens=tokens)
     rows = [r for r in range(N) if lengths[r] < 5][:8]
-    cut, few = training.batch_of(inputs, rows), training.word_batch(words, dataclasses.replace(TINY, word_batch=6), 0)
+    cut = training.batch_of(inputs, rows)
     whole = cut._replace(tokens=tokens[rows])
-    assert cut.tokens.shape == (8, 4) and cut.tokens.equal(tokens[rows, :4]) and few.tokens.shape[1] <= 5
+    assert cut.tokens.shape == (8, 4) and cut.tokens.equal(tokens[rows, :4])
     a, b = student(), student()
-    one, two = train_step(a, make_optimizer(a, 1e-3, 0.1), cut, TINY, 1e-3, few), train_step(b, make_optimizer(b, 1e-3, 0.1), whole, TINY, 1e-3, few)
+    one, two = train_step(a, make_optimizer(a, 1e-3, 0.1), cut, TINY, 1e-3), train_step(b, make_optimizer(b, 1e-3, 0.1), whole, TINY, 1e-3)
     assert one == pytest.approx(two, rel=1e-5)
     for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
 
@@ -430,15 +475,18 @@ def test_run_recipe_is_the_steps_of_the_course_in_order(monkeypatch, tmp_path):
     pairs, rng, rows = few_pairs(), np.random.default_rng(0), np.arange(5)
     table = WordTable(np.arange(300, 400), rng.normal(size=(100, 128)).astype(np.float32))
     material = training.Material(pairs, rng.normal(size=(6, 8)).astype(np.float32), ["house", "to walk", "green"], rng.normal(size=(3, 8)).astype(np.float32), table)
-    recipe = dataclasses.replace(TINY, epochs=2, batch_size=2, k=2, word_batch=2, imagenet=False)
+    recipe = dataclasses.replace(TINY, epochs=2, batch_size=2, k=2, first_steps=4, first_batch=3, imagenet=False)
     run = training.run_recipe(recipe, material, rows, tmp_path / "runs", device="cpu")
     student = build_student(teacher_dim=8, n_concepts=2, imagenet=False)
     training.start_from_words(student, table)
     targets, concepts, labels = training.make_targets(material.embeddings, rows, recipe)
     inputs = prepare_inputs(student, pairs, targets, labels)
     centred = material.word_embeddings - material.embeddings[rows].mean(0)
-    words = Texts(tokenize(student, material.words), torch.from_numpy(centred / np.linalg.norm(centred, axis=1, keepdims=True)))
-    history = train(student, training.batch_of(inputs, rows), recipe, words)
+    words = torch.from_numpy(centred / np.linalg.norm(centred, axis=1, keepdims=True)).float()
+    texts = Texts(torch.cat([tokenize(student, material.words), inputs.tokens[rows]]), torch.cat([words, inputs.targets[rows]]))
+    first = training.first_stage(student, texts, recipe)
+    history = train(student, training.batch_of(inputs, rows), recipe)
+    assert [h["distillation"] for h in run.first] == pytest.approx([h["distillation"] for h in first], rel=1e-5) and len(first) == 4
     assert [h["total"] for h in run.history] == pytest.approx([h["total"] for h in history], rel=1e-5) and len(history) == 4
     np.testing.assert_array_equal(run.concepts.centroids, concepts.centroids)
     student.eval()
