@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from kklip_nb.evidence.other_words import load_queries
 from kklip_nb.evidence.runner import load_material, save_word_table
 from kklip_nb.teacher import cached_embeddings, load_teacher, packaged_source, save_embeddings
 from kklip_nb.training import LAPTOP
@@ -27,6 +28,9 @@ def main() -> None:
         embeddings = cached_embeddings(material.pairs.captions, load_teacher, source, progress=True, **how)
         save_embeddings(FOLDER / f"{name}.safetensors", embeddings, material.pairs.captions, teacher=source, **how)
     save_embeddings(FOLDER / "words-last-29-prompt.safetensors", material.word_embeddings, material.words, teacher=source, **CHOSEN)
+    queries = load_queries(material.pairs).words
+    embeddings = cached_embeddings(queries, load_teacher, source, progress=True, **CHOSEN)
+    save_embeddings(FOLDER / "queries-last-29-prompt.safetensors", embeddings, queries, teacher=source, **CHOSEN)
     save_word_table(FOLDER / "word-table.safetensors", material.word_table, source)
     for path in sorted(FOLDER.glob("*.safetensors")): print(f"{path.stat().st_size / 1e6:5.1f} MB  {path.name}")
 
