@@ -35,12 +35,12 @@ def picture_features(
     shapes = {np.shape(image) for image in images}
     if len(shapes) != 1 or len(shape := next(iter(shapes))) != 3 or shape[2] != 3:
         raise ValueError(f"pictures of shapes {sorted(shapes)}; expected one (size, size, 3): see data.read_image")
-    images, visual = np.asarray(images), student.eval().clip.visual
-    device, trunk = student.clip.logit_scale.device, getattr(visual, "trunk", None)
-    if trunk is not None and not any(p.requires_grad for p in trunk.parameters()):
-        return _unit_rows("picture features", student.encode_image(cached_trunk_features(student, images).to(device)))
-    batches = [prepare_images(student, images[s:s + 64]).to(device) for s in range(0, len(images), 64)]
-    return _unit_rows("picture features", torch.cat([student.encode_image(batch) for batch in batches]))
+    images, clip = np.asarray(images), student.eval().clip
+    device, trunk = clip.logit_scale.device, getattr(clip.visual, "trunk", None)
+    frozen = trunk is not None and not any(p.requires_grad for p in trunk.parameters())
+    inputs = ([cached_trunk_features(student, images)] if frozen else
+              (prepare_images(student, images[s:s + 64]) for s in range(0, len(images), 64)))
+    return _unit_rows("picture features", torch.cat([student.encode_image(x.to(device)) for x in inputs]))
 
 # %% ../nbs/09_search.ipynb #5ea00019
 @torch.inference_mode()
@@ -63,45 +63,47 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:  # (q, k) rows of the pictures, the best first; (q, k) their cosines
     "Words in, pictures out; raises ValueError for an empty query or another student's pictures."
     texts = query_features(student, queries)
-    if k < 1: raise ValueError(f"k={k}; ask for at least one picture")
-    if pictures.ndim != 2 or pictures.shape[1] != texts.shape[1]:
-        raise ValueError(f"pictures {tuple(pictures.shape)}; expected (n, {texts.shape[1]}): use picture_features")
+    if k < 1 or pictures.ndim != 2 or pictures.shape[1] != texts.shape[1]:
+        raise ValueError(f"k={k}, pictures {tuple(pictures.shape)}; expected k of 1 or more, (n, {texts.shape[1]})")
     scores, rows = (texts @ pictures.T).round(decimals=6).sort(dim=1, descending=True, stable=True)
     return rows[:, :k].numpy(), scores[:, :k].numpy()
 
 # %% ../nbs/09_search.ipynb #5ea00026
-def _fold(text: str, width: int, lines: int) -> str: return textwrap.fill(text, width, max_lines=lines, placeholder="…")
+def _write(ax: plt.Axes, x: float, y: float, text: str, size: int, width: int = 99, **how) -> None:
+    ax.text(x, y, textwrap.fill(text, width, max_lines=3, placeholder="…"), fontsize=size, parse_math=False, **how)
 
 def plot_found(
     queries: str | Sequence[str],  # one text, or q of them
     found: dict[str, np.ndarray],  # student → (q, k) rows, from search
-    images: np.ndarray | Sequence[np.ndarray],  # the pictures that were searched
-    captions: Sequence[str],  # what to write under each of them
+    images: np.ndarray | Sequence[np.ndarray],  # the n pictures that were searched
+    captions: Sequence[str],  # n texts to write under them
     title: str = "",  # what to see
     credit: str = "",  # whose pictures they are
+    right: np.ndarray | None = None,  # (q, n) booleans: the right pictures, which get a frame
 ) -> plt.Figure:
     "What each student finds: a row a query, a block a student, the best at the left."
     queries, left = [queries] if isinstance(queries, str) else list(queries), 2.0
-    if any(np.ndim(rows) != 2 or len(rows) != len(queries) for rows in found.values()):
-        raise ValueError(f"rows {[np.shape(r) for r in found.values()]} for {len(queries)} queries; give each (q, k)")
+    if wrong := [np.shape(rows) for rows in found.values() if np.ndim(rows) != 2 or len(rows) != len(queries)]:
+        raise ValueError(f"rows of shapes {wrong} for {len(queries)} queries; expected (q, k) as search gives them")
     figure, ax = plt.subplots(layout="constrained")
-    def write(x, y, text, size=8, **how): ax.text(x, y, text, fontsize=size, parse_math=False, **how)
-    for y, query in enumerate(queries): write(1.8, 1.6 * y + 0.5, _fold(query, 16, 4), ha="right", va="center", weight="bold")
+    for y, query in enumerate(queries):
+        _write(ax, 1.8, 1.5 * y + 0.5, query, 8, 16, ha="right", va="center", weight="bold")
     for name, rows in found.items():
-        write(left, -0.2, name, 9, weight="bold")
-        for (y, x), row in np.ndenumerate(rows):
-            ax.imshow(images[row], extent=(left + x + 0.04, left + x + 0.96, 1.6 * y + 0.96, 1.6 * y + 0.04))
-            write(left + x + 0.5, 1.6 * y + 1.02, _fold(captions[row], 14, 3), 6, ha="center", va="top")
+        _write(ax, left, -0.2, name, 9, weight="bold")
+        for (y, place), row in np.ndenumerate(rows):
+            x, top = left + place, 1.5 * y
+            ax.imshow(images[row], extent=(x + 0.04, x + 0.96, top + 0.96, top + 0.04))
+            if right is not None and right[y][row]: ax.add_patch(plt.Rectangle((x, top), 1, 1, fill=False, lw=2))
+            _write(ax, x + 0.5, top + 1.04, captions[row], 6, 14, ha="center", va="top")
         left += np.shape(rows)[1] + 0.5
-    height = 1.6 * len(queries)
-    write(left - 0.5, height, credit, 6, ha="right", va="bottom")
-    figure.set_size_inches(0.75 * left, 0.75 * (height + 1.0))
-    ax.set(xlim=(0, left - 0.4), ylim=(height + 0.1, -0.5), aspect="equal")
+    _write(ax, left - 0.5, 1.5 * len(queries) + 0.1, credit, 6, ha="right", va="bottom")
+    figure.set_size_inches(0.75 * left, 0.75 * (1.5 * len(queries) + 1.1))
+    ax.set(xlim=(0, left - 0.4), ylim=(1.5 * len(queries) + 0.2, -0.5), aspect="equal")
     ax.set_axis_off()
     ax.set_title(title, parse_math=False)
     return figure
 
-# %% ../nbs/09_search.ipynb #5ea00037
+# %% ../nbs/09_search.ipynb #5ea0003a
 def search_box(
     students: dict[str, tuple[Towers, torch.Tensor]],  # name → student, its picture_features
     images: np.ndarray | Sequence[np.ndarray],  # the pictures
@@ -117,8 +119,9 @@ def search_box(
         figure, png = plot_found(text, found, images, captions, credit=credit), io.BytesIO()
         figure.savefig(png, format="png", dpi=110)
         plt.close(figure)
-        says = f"{text}: " + "; ".join(f"{name}: {', '.join(captions[i] for i in f[0])}" for name, f in found.items())
-        return f'<img alt="{html.escape(says)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+        says = "; ".join(f"{name} finds {', '.join(captions[i] for i in rows[0])}" for name, rows in found.items())
+        source = base64.b64encode(png.getvalue()).decode()
+        return f'<img alt="{html.escape(f"{text}: {says}")}" src="data:image/png;base64,{source}">'
     def show(_=None):
         try: answer.value = picture(field.value)
         except ValueError as error: answer.value = f"<p>{html.escape(str(error))}</p>"
