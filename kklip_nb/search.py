@@ -113,7 +113,8 @@ def search_box(
 ):  # an ipywidgets.VBox: the field, and the answer below it
     "A text field for Jupyter that shows what each student finds; Enter searches."
     import ipywidgets
-    field, answer = ipywidgets.Text(query, description="Search:", continuous_update=False), ipywidgets.HTML()
+    field = ipywidgets.Text(query, description="Search:", continuous_update=False)
+    answer = ipywidgets.HTML(layout=dict(width="98%"))
     def picture(text: str) -> str:
         found = {name: search(student, features, text)[0] for name, (student, features) in students.items()}
         figure, png = plot_found(text, found, images, captions, credit=credit), io.BytesIO()
@@ -121,7 +122,7 @@ def search_box(
         plt.close(figure)
         says = "; ".join(f"{name} finds {', '.join(captions[i] for i in rows[0])}" for name, rows in found.items())
         source = base64.b64encode(png.getvalue()).decode()
-        return f'<img alt="{html.escape(f"{text}: {says}")}" src="data:image/png;base64,{source}">'
+        return f'<img style="width: 100%" alt="{html.escape(f"{text}: {says}")}" src="data:image/png;base64,{source}">'
     def show(_=None):
         try: answer.value = picture(field.value)
         except ValueError as error: answer.value = f"<p>{html.escape(str(error))}</p>"

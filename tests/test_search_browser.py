@@ -87,6 +87,7 @@ def test_a_query_changes_the_pictures(page):
     ask("a blue square", '.widget-html img[alt^="a blue square: CLIP finds drawing "]')
     assert answer.get_attribute("src") != first and "; KKLIP finds drawing " in answer.get_attribute("alt")
     assert answer.evaluate("image => image.complete && image.naturalWidth > 500 && image.getBoundingClientRect().width > 300")
+    assert answer.evaluate("image => image.getBoundingClientRect().right <= image.closest('.jp-OutputArea').getBoundingClientRect().right")
     if shots := os.environ.get("KKLIP_SHOTS"): page.screenshot(path=f"{shots}/search-box.png")  # for a look
     ask("   ", '.widget-html p:has-text("type a word or more")')
     nasty = '<img id=mine src=x onerror="window.ours=1"> $x^2$'
