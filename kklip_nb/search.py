@@ -72,6 +72,7 @@ def search(
 def _write(ax: plt.Axes, x: float, y: float, text: str, size: int, width: int = 99, **how) -> None:
     ax.text(x, y, textwrap.fill(text, width, max_lines=3, placeholder="…"), fontsize=size, parse_math=False, **how)
 
+# %% ../nbs/09_search.ipynb #5ea00028
 def plot_found(
     queries: str | Sequence[str],  # one text, or q of them
     found: dict[str, np.ndarray],  # student → (q, k) rows, from search
@@ -103,7 +104,7 @@ def plot_found(
     ax.set_title(title, parse_math=False)
     return figure
 
-# %% ../nbs/09_search.ipynb #5ea0003a
+# %% ../nbs/09_search.ipynb #5ea0003c
 def search_box(
     students: dict[str, tuple[Towers, torch.Tensor]],  # name → student, its picture_features
     images: np.ndarray | Sequence[np.ndarray],  # the pictures
