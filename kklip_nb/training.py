@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECORDED_WORDS', 'Material', 'recorded_material', 'make_targets', 'Inputs', 'Texts', 'batch_of', 'to_device',
            'prepare_inputs', 'compute_losses', 'make_optimizer', 'learning_rate', 'optimizer_step', 'train_step',
-           'epoch_batches', 'text_batches', 'first_texts', 'first_stage', 'save_checkpoint', 'load_checkpoint', 'train',
-           'Run', 'run_key', 'checkpoint_path', 'cached_first_stage', 'run_recipe']
+           'epoch_batches', 'text_batches', 'first_texts', 'first_stage', 'save_checkpoint', 'load_checkpoint',
+           'load_student', 'train', 'Run', 'run_key', 'checkpoint_path', 'cached_first_stage', 'run_recipe']
 
 # %% ../nbs/06_training.ipynb #72114a3b
 import dataclasses
@@ -305,6 +305,20 @@ def load_checkpoint(
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["random_cuda"])
     return int(metadata["epoch"]), json.loads(metadata["history"])
+
+# %% ../nbs/06_training.ipynb #5ea6c002
+def load_student(
+    path: str | Path,  # a file that save_checkpoint wrote
+) -> Student:  # in evaluation mode, on the CPU
+    "The student of a checkpoint, built as its recipe says; raises as load_checkpoint does."
+    metadata, tensors = _read_checkpoint(path)
+    recipe = Recipe(**json.loads(metadata["recipe"]))
+    weights = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
+    teacher_dim = len(weights["to_teacher.2.bias" if recipe.projection == "mlp" else "to_teacher.bias"])
+    student = build_student(recipe.student, recipe.pretrained, teacher_dim, len(weights["image_concepts.bias"]),
+                            recipe.imagenet, recipe.train_image, recipe.seed, recipe.projection)
+    student.load_state_dict(weights)
+    return student.eval()
 
 # %% ../nbs/06_training.ipynb #bd0814de
 def train(

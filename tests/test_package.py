@@ -12,8 +12,8 @@ import pytest
 import kklip_nb
 
 FLOORS = {
-    "": ["tools", "data", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization"],
-    "evidence.": ["scenes", "text_probe", "attributes", "one_word", "other_words", "study", "comparison", "runner", "attribute_data"],
+    "": ["tools", "data", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization", "search"],
+    "evidence.": ["scenes", "text_probe", "attributes", "one_word", "other_words", "study", "choices", "runner", "attribute_data"],
     "scale.": ["shards", "embeddings", "clustering", "loader", "distributed", "long_run", "export", "rehearsal", "command_line"],
 }
 MODULES = [floor + name for floor, names in FLOORS.items() for name in names]  # each may import those before it; the upper floors not each other

@@ -12,7 +12,7 @@ import pytest
 import kklip_nb
 
 ROOT, PACKAGE = Path(__file__).resolve().parent.parent, Path(kklip_nb.__file__).parent
-COURSE = {"tools", "data", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization"}
+COURSE = {"tools", "data", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization", "search"}
 OWNERS = packages_distributions()
 
 
