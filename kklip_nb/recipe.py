@@ -36,7 +36,7 @@ class Recipe:
     student: str = _setting("kklip-laptop", "not said", "small enough for the CPU of a laptop")
     pretrained: str | None = _setting(None, "not said", "a pretrained CLIP has to be downloaded; we run offline")
     imagenet: bool = _setting(True, "not said", "a thousand pictures are too few to teach an image trunk from nothing")
-    train_image: str = _setting("head", "not said", "a frozen trunk has to be run only once", one_of=("head", "all"))
+    train_image: str = _setting("head", "not said", "a frozen trunk is run only once", one_of=("head", "last", "all"))
     teacher: str = _setting("smollm2", "Llama 2", "Llama's architecture with 135 M parameters, open, from a package")
     pooling: str = _setting("last", "not said", "chosen on validation: the teacher notebook", one_of=("last", "mean"))
     layer: int = _setting(29, "not said", "chosen on validation: the teacher notebook")

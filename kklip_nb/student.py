@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LOGIT_SCALE', 'Towers', 'tokenize', 'cut_padding', 'prepare_images', 'Student', 'imagenet_weights',
            'check_activation', 'build_student', 'WordTable', 'piece_texts', 'make_word_table', 'start_from_words',
-           'count_parameters', 'trunk_features', 'cached_trunk_features', 'encode_all']
+           'count_parameters', 'trunk_features', 'cached_trunk_features', 'image_inputs', 'encode_all']
 
 # %% ../nbs/03_student.ipynb #d80fb46f
 import hashlib
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
+from timm.models import EfficientNet
 from torch import nn
 
 from .teacher import standardise
@@ -51,8 +52,13 @@ class Towers(nn.Module):
         super().__init__()
         self.clip, self.fixed_norms = clip, fixed_norms
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:  # (n, 3, h, w), or trunk features (n, w) → (n, d)
-        "The image tower on prepared images, or only its head where the trunk has been run before; not normalised."
+    def encode_image(
+        self,
+        images: torch.Tensor,  # (n, 3, h, w) prepared images, or what image_inputs has made of them
+    ) -> torch.Tensor:  # (n, d), not normalised
+        "The image tower on prepared images, or what is left to run; of a picture and its mirror image, the picture."
+        if images.ndim == 5: images = images[:, 0]
+        if images.ndim == 4 and images.shape[1] != 3: images = _after_maps(self.clip.visual.trunk, images)
         return self.clip.visual.head(images) if images.ndim == 2 else self.clip.encode_image(images, normalize=False)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:  # (n, t) token ids, t at most the context → (n, d)
@@ -131,10 +137,22 @@ def prepare_images(
     mean, std = (torch.tensor(settings[k], device=x.device).view(3, 1, 1) for k in ("mean", "std"))
     return x.sub_(mean).div_(std)  # in place: a batch of pictures is large
 
+# %% ../nbs/03_student.ipynb #5c1e0a01
+def _cut_trunk(trunk: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:  # pictures → maps, maps → features
+    "timm's EfficientNet, cut before its last stage of blocks."
+    if not isinstance(trunk, EfficientNet):
+        raise ValueError(f"train_image='last' cuts an EfficientNet, not a {type(trunk).__name__}; use 'head' or 'all'")
+    layers = [trunk.conv_stem, trunk.bn1, *trunk.blocks, trunk.conv_head, trunk.bn2, trunk.global_pool]
+    return nn.Sequential(*layers[:-4]), nn.Sequential(*layers[-4:])
+
+def _after_maps(trunk: nn.Module, maps: torch.Tensor) -> torch.Tensor:  # (n, c, h, w), any precision → (n, w)
+    return _cut_trunk(trunk)[1](maps.to(trunk.conv_head.weight.dtype, memory_format=torch.channels_last))
+
 # %% ../nbs/03_student.ipynb #80410dc5
 def _freeze(clip: nn.Module, train_image: str) -> None:
-    "Freeze what no loss reads, and for 'head' the image tower but its last projection; BatchNorm is Towers.train's."
-    if train_image not in ("head", "all"): raise ValueError(f"train_image={train_image!r}; expected 'head' or 'all'")
+    "Freeze what no loss reads, and of the image tower all but what `train_image` names; BatchNorm is Towers.train's."
+    if train_image not in ("head", "last", "all"):
+        raise ValueError(f"train_image={train_image!r}; expected 'head', 'last' or 'all'")
     def let_train(module: nn.Module, names: tuple[str, ...], on: bool) -> None:
         for name in names:
             if getattr(module, name, None) is not None: getattr(module, name).requires_grad_(on)
@@ -142,6 +160,7 @@ def _freeze(clip: nn.Module, train_image: str) -> None:
     if train_image == "all": return
     clip.visual.requires_grad_(False)
     let_train(clip.visual, ("head", "proj", "attnpool"), True)  # of a timm trunk, a ViT, a ResNet of CLIP's
+    if train_image == "last": _cut_trunk(getattr(clip.visual, "trunk", clip.visual))[1].requires_grad_(True)
     if not any(p.requires_grad for p in clip.visual.parameters()):
         raise ValueError("train_image='head', but this image tower has no projection of its own; use train_image='all'")
 
@@ -160,11 +179,11 @@ class Student(Towers):
         embed_dim: int,  # d: dimension that both towers end in
         teacher_dim: int,  # dimension of the teacher's embeddings
         n_concepts: int,  # number of concepts k
-        train_image: str = "head",  # 'head': the image trunk is frozen; 'all': the whole image tower trains
+        train_image: str = "head",  # 'head': the image trunk is frozen; 'last': all but its last stage; 'all': nothing
         projection: str = "linear",  # to the teacher: 'linear', or 'mlp' with a hidden layer of 64
         fixed_norms: bool = True,  # keep BatchNorm's statistics; a frozen trunk always does
     ):
-        super().__init__(clip, fixed_norms or train_image == "head")
+        super().__init__(clip, fixed_norms or train_image != "all")
         self.to_teacher = _projection(projection, embed_dim, teacher_dim)
         self.image_concepts, self.text_concepts = nn.Linear(embed_dim, n_concepts), nn.Linear(embed_dim, n_concepts)
         _freeze(clip, train_image)
@@ -227,7 +246,7 @@ def build_student(
     teacher_dim: int = 576,  # dimension of the teacher's embeddings
     n_concepts: int = 48,  # number of concepts k
     imagenet: bool = True,  # kklip-laptop only: start the image trunk from ImageNet weights
-    train_image: str = "head",  # which image parameters train: 'head' or 'all'
+    train_image: str = "head",  # which image parameters train: 'head', 'last' or 'all'
     seed: int = 0,  # of every weight that starts at random; the caller's random state is left alone
     projection: str = "linear",  # to the teacher's dimension: 'linear' or 'mlp'
 ) -> Student:
@@ -294,43 +313,62 @@ def count_parameters(
     return {name: (count(part, True), count(part, False)) for name, part in parts.items()}
 
 # %% ../nbs/03_student.ipynb #28894d97
+def _frozen_part(visual: nn.Module) -> nn.Module | None:  # what says the same of a picture in every step
+    parts = [visual.trunk] if hasattr(visual, "trunk") else []
+    parts += [_cut_trunk(trunk)[0] for trunk in parts if isinstance(trunk, EfficientNet)]
+    return next((part for part in parts if not any(p.requires_grad for p in part.parameters())), None)
+
+
 @torch.no_grad()
 def trunk_features(
     student: Towers,
     images: np.ndarray,  # (n, size, size, 3) uint8
     batch_size: int = 64,  # images at once
     progress: bool = False,  # show a bar
-) -> torch.Tensor:  # (n, w) float32, on the CPU
-    "Run a frozen image trunk once over all images, where it is, so that each epoch costs only the head."
+) -> torch.Tensor:  # float32, on the CPU: (n, w) features, or (n, c, h, w) maps where the last stage trains
+    "Run what is frozen of an image trunk once over all images, where it is, so that each epoch costs only the rest."
     from tqdm.auto import tqdm
     visual, device = student.clip.visual, student.clip.logit_scale.device
     if not hasattr(visual, "trunk"):
         raise ValueError(f"a {type(visual).__name__} has no trunk of its own; pass prepared images to encode_image")
-    trunk = visual.trunk.eval()
+    part = (_frozen_part(visual) or visual.trunk).eval()
     starts = tqdm(range(0, len(images), batch_size), desc="image trunk", disable=not progress)
-    return torch.cat([trunk(prepare_images(student, images[s:s + batch_size]).to(device)).cpu() for s in starts])
+    return torch.cat([part(prepare_images(student, images[s:s + batch_size]).to(device)).cpu() for s in starts])
 
 # %% ../nbs/03_student.ipynb #deac423b
 def cached_trunk_features(
     student: Towers,
     images: np.ndarray,  # (n, size, size, 3) uint8
     progress: bool = False,  # show a bar
-) -> torch.Tensor:  # (n, w) float32
-    "trunk_features with a memory: the same weights and the same pictures are run only once."
+) -> torch.Tensor:  # (n, w) float32 features, or (n, c, h, w) float16 maps
+    "trunk_features with a memory: the same frozen weights and the same pictures are run only once."
     digest = hashlib.sha256(np.ascontiguousarray(images).tobytes())
-    for name, value in student.clip.visual.trunk.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    part = _frozen_part(student.clip.visual) or student.clip.visual.trunk
+    for name, value in part.state_dict().items(): digest.update(name.encode() + value.cpu().numpy().tobytes())
     path = cache_dir() / f"trunk-{digest.hexdigest()[:16]}.safetensors"
     try: return load_file(path)["features"]
     except (FileNotFoundError, SafetensorError): features = trunk_features(student, images, progress=progress)
-    write_atomically(path, lambda part: save_file({"features": features}, part))
+    if features.ndim == 4: features = features.half().contiguous()
+    write_atomically(path, lambda file: save_file({"features": features}, file))
     return features
+
+# %% ../nbs/03_student.ipynb #5c1e0a02
+def image_inputs(
+    student: Towers,
+    images: np.ndarray,  # (n, size, size, 3) uint8
+    progress: bool = False,  # show a bar
+) -> torch.Tensor:  # on the CPU: (n, w) features; (n, 2, c, h, w) maps of picture and mirror image; (n, 3, h, w) images
+    "What training reads of the pictures when the trunk is frozen, when its last stage trains, when all of it trains."
+    if _frozen_part(student.clip.visual) is None: return prepare_images(student, images)
+    features = cached_trunk_features(student, images, progress)
+    if features.ndim == 2: return features
+    return torch.stack([features, cached_trunk_features(student, images[:, :, ::-1], progress)], 1)
 
 # %% ../nbs/03_student.ipynb #4327b22e
 @torch.inference_mode()
 def encode_all(
     student: Towers,  # left in evaluation mode
-    images: torch.Tensor,  # (n, 3, h, w) prepared images, or (n, w) features of a frozen trunk
+    images: torch.Tensor,  # (n, …) prepared images, or image_inputs
     tokens: torch.Tensor,  # (n, t) token ids, on the CPU
     batch_size: int = 256,  # rows at once
     device: str | torch.device | None = None,  # where to run; None: where the student is

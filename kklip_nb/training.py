@@ -27,8 +27,8 @@ from .concepts import Concepts, apply_scale, fit_concepts, fit_scale, label_entr
 from .data import Pairs, caption_batches, load_openmoji, load_words
 from .losses import concept_loss, contrastive_loss, kklip_loss, text_distillation_loss
 from .recipe import LAPTOP, PAPER, Recipe, recipe_table  # noqa: F401
-from .student import (MAX_LOGIT_SCALE, Student, WordTable, build_student, cached_trunk_features, cut_padding,
-                              encode_all, prepare_images, start_from_words, tokenize)
+from .student import (MAX_LOGIT_SCALE, Student, WordTable, build_student, cut_padding, encode_all,
+                              image_inputs, start_from_words, tokenize)
 from .teacher import load_embeddings
 from .tools import cache_dir, check_found, finite_matrix, write_atomically
 
@@ -74,7 +74,7 @@ def make_targets(
 class Inputs(NamedTuple):
     "What the losses see of n pairs; row i of each belongs to pair i."
     captions: list[str]  # n captions, to keep duplicates out of a batch
-    images: torch.Tensor  # (n, 3, h, w) prepared images, or (n, w) features of a frozen trunk
+    images: torch.Tensor  # (n, …) prepared images, or what student.image_inputs makes of them
     tokens: torch.Tensor  # (n, t) token ids of the captions
     targets: torch.Tensor  # (n, d) standardised teacher embeddings
     labels: torch.Tensor  # (n, k) soft concept labels
@@ -113,9 +113,7 @@ def prepare_inputs(
     targets, labels = (torch.from_numpy(finite_matrix(*x)).float() for x in (("targets", targets), ("labels", labels)))
     if not len(targets) == len(labels) == len(pairs.captions):
         raise ValueError(f"{len(pairs.captions)} pairs, {len(targets)} targets, {len(labels)} labels; expected as many")
-    trunk = getattr(student.clip.visual, "trunk", None)
-    frozen = trunk is not None and not any(p.requires_grad for p in trunk.parameters())
-    images = cached_trunk_features(student, pairs.images, progress) if frozen else prepare_images(student, pairs.images)
+    images = image_inputs(student, pairs.images, progress)
     return Inputs(pairs.captions, images, tokenize(student, pairs.captions), targets, labels)
 
 # %% ../nbs/06_training.ipynb #a7fe46e9
@@ -197,13 +195,21 @@ def _epoch_rows(captions: Sequence[str], recipe: Recipe, epoch: int) -> Iterator
     return caption_batches(captions, recipe.batch_size, seed=recipe.seed * 10_000 + epoch)
 
 
+def _draw_side(batch: Inputs, seed: Sequence[int]) -> Inputs:
+    "Of each pair with two maps, those of the picture or those of its mirror image."
+    if batch.images.ndim != 5: return batch
+    side = np.random.default_rng(seed).integers(2, size=len(batch.images))
+    return batch._replace(images=batch.images[torch.arange(len(side)), torch.from_numpy(side)])
+
+
 def epoch_batches(
     inputs: Inputs,
     recipe: Recipe,
     epoch: int,  # from 0
 ) -> Iterator[Inputs]:
     "The batches of one epoch: fixed by the recipe's seed and the epoch, so that a resumed run sees the same."
-    for rows in _epoch_rows(inputs.captions, recipe, epoch): yield batch_of(inputs, rows)
+    for step, rows in enumerate(_epoch_rows(inputs.captions, recipe, epoch)):
+        yield _draw_side(batch_of(inputs, rows), [recipe.seed, epoch, step, 1])
 
 # %% ../nbs/06_training.ipynb #240bc008
 def text_batches(

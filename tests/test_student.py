@@ -337,3 +337,91 @@ def test_open_clip_s_own_transform_does_what_read_image_does(name, size, rng):
     assert theirs.shape == ours.shape
     levels = 255 * (theirs - ours).abs().amax((1, 2)) * torch.tensor(settings.std)
     assert (255 * (theirs - ours).abs().mean((1, 2)) * torch.tensor(settings.std)).max() < 1.5 and levels.max() < 30
+
+
+# ---- the last stage of the trunk trains
+
+
+@pytest.fixture(scope="module")
+def last() -> S.Student:
+    return S.build_student(train_image="last").eval()
+
+
+LATE = ("head.", "trunk.blocks.6.", "trunk.conv_head.", "trunk.bn2.")
+
+
+def test_the_head_and_the_last_stage_train_and_nothing_before(last):
+    trained = {n for n, p in last.clip.visual.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in last.clip.visual.named_parameters() if n.startswith(LATE)}
+    assert all(p.requires_grad for n, p in last.named_parameters() if "visual" not in n)
+    for imagenet in (True, False):
+        norms = [m for m in S.build_student(train_image="last", imagenet=imagenet).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert norms and not any(m.training for m in norms)
+    assert last.state_dict().keys() == S.build_student(imagenet=False, train_image="all").state_dict().keys()
+    for name in ("kklip-laptop-vit", "RN50"):
+        with pytest.raises(ValueError, match="EfficientNet.*VisionTransformer|EfficientNet.*ResNet"): S.build_student(name, train_image="last")
+
+
+def test_maps_are_the_trunk_s_own_and_the_rest_of_it_gives_the_features_of_the_whole(last, images):
+    maps, pixels = [], S.prepare_images(last, images)
+    hook = last.clip.visual.trunk.blocks[5].register_forward_hook(lambda m, i, o: maps.append(o))
+    with torch.no_grad(): whole = last.clip.encode_image(pixels, normalize=False)
+    hook.remove()
+    found = S.trunk_features(last, images, batch_size=2)
+    assert found.shape == (3, 192, 4, 4) and found.dtype == torch.float32
+    torch.testing.assert_close(found, maps[0], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for given in (pixels, found, torch.stack([found, found + 1], 1)):
+            torch.testing.assert_close(last.encode_image(given), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_of_half_precision_move_features_by_less_than_a_thousandth(last, images):
+    smooth = np.random.default_rng(1).integers(0, 256, (4, 4, 4, 3), dtype=np.uint8).repeat(32, 1).repeat(32, 2)
+    for some in (images, smooth):
+        maps = S.trunk_features(last, some)
+        with torch.no_grad(): exact, near = last.encode_image(maps), last.encode_image(maps.half())
+        assert ((near - exact).norm(dim=1) / exact.norm(dim=1)).max() < 1e-3
+
+
+def test_gradients_through_maps_are_those_through_the_whole_tower(images):
+    gradients = []
+    for whole in (True, False):
+        student = S.build_student(train_image="last")
+        given = S.prepare_images(student, images) if whole else S.trunk_features(student, images)
+        student.train().encode_image(given).square().sum().backward()
+        gradients.append({n: p.grad for n, p in student.clip.visual.named_parameters() if p.requires_grad})
+        assert all(p.grad is None for n, p in student.clip.visual.named_parameters() if not n.startswith(LATE))
+    for name, g in gradients[0].items():
+        assert g is not None and g.norm() > 0, name
+        assert (gradients[1][name] - g).norm() < 1e-3 * g.norm(), name
+
+
+def test_maps_are_cached_by_the_frozen_weights_alone(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    student, computed, compute = S.build_student(train_image="last"), [], S.trunk_features
+    monkeypatch.setattr(S, "trunk_features", lambda *a, **k: computed.append(1) or compute(*a, **k))
+    first = S.cached_trunk_features(student, images)
+    assert first.dtype == torch.float16 and first.shape == (3, 192, 4, 4)
+    with torch.no_grad(): student.clip.visual.trunk.conv_head.weight += 1
+    assert S.cached_trunk_features(student, images).equal(first) and len(computed) == 1
+    with torch.no_grad(): student.clip.visual.trunk.conv_stem.weight += 1
+    assert not S.cached_trunk_features(student, images).equal(first) and len(computed) == 2
+
+
+def test_training_reads_pictures_or_features_or_maps_with_mirror_images(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    students = {kind: S.build_student(train_image=kind, imagenet=False) for kind in ("head", "last", "all")}
+    found = {kind: S.image_inputs(student, images) for kind, student in students.items()}
+    assert {k: tuple(x.shape) for k, x in found.items()} == dict(head=(3, 1280), last=(3, 2, 192, 4, 4), all=(3, 3, 128, 128))
+    assert found["all"].equal(S.prepare_images(students["all"], images))
+    mirrored = S.trunk_features(students["last"], np.stack([np.fliplr(i) for i in images]))
+    torch.testing.assert_close(found["last"][:, 1].float(), mirrored, rtol=1e-3, atol=1e-3)
+    assert S.image_inputs(S.build_student("kklip-laptop-vit"), images).shape == (3, 3, 32, 32)
+    for student in students.values(): student.eval().clip.visual.load_state_dict(students["head"].clip.visual.state_dict())
+    features = [S.encode_all(s, found[k], S.tokenize(s, CAPTIONS), batch_size=2)[0] for k, s in students.items()]
+    for other in features[1:]: torch.testing.assert_close(other, features[0], rtol=1e-3, atol=1e-3)
+
+
+def test_three_kinds_three_counts():
+    trained = {kind: S.count_parameters(S.build_student(train_image=kind, imagenet=False))["image tower"][1] for kind in ("head", "last", "all")}
+    assert trained["head"] < trained["last"] < trained["all"]

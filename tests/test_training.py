@@ -367,7 +367,7 @@ def test_inputs_hold_what_they_were_made_from(monkeypatch, tmp_path):
     monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
     pairs, rng = few_pairs(), np.random.default_rng(0)
     targets, labels = rng.normal(size=(6, 5)), rng.dirichlet(np.ones(3), size=6)
-    for train_image, shape in (("head", 1280), ("all", 3)):
+    for train_image, shape in (("head", 1280), ("last", 2), ("all", 3)):
         student = build_student(teacher_dim=5, n_concepts=3, imagenet=False, train_image=train_image)
         inputs = prepare_inputs(student, pairs, targets, torch.from_numpy(labels).bfloat16() if shape == 3 else labels)
         assert inputs.images.shape[1] == shape
@@ -375,10 +375,62 @@ def test_inputs_hold_what_they_were_made_from(monkeypatch, tmp_path):
         assert two.captions == [pairs.captions[5], pairs.captions[2]] and two.tokens.equal(cut_padding(tokenize(student, two.captions)))
         assert two.targets.dtype == two.labels.dtype == torch.float32
         np.testing.assert_allclose(two.targets, targets[[5, 2]], rtol=1e-6)
-        np.testing.assert_allclose(two.labels, labels[[5, 2]], rtol=1e-6 if shape == 1280 else 1e-2)
+        np.testing.assert_allclose(two.labels, labels[[5, 2]], rtol=1e-2 if shape == 3 else 1e-6)
         images = prepare_images(student, pairs.images[[5, 2]])
-        with torch.no_grad(): images = student.clip.visual.trunk(images) if shape == 1280 else images
-        torch.testing.assert_close(two.images, images, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            if shape == 2: torch.testing.assert_close(student.encode_image(two.images), student.encode_image(images), rtol=1e-3, atol=1e-3)
+            else: torch.testing.assert_close(two.images, student.clip.visual.trunk(images) if shape == 1280 else images, rtol=1e-4, atol=1e-4)
+
+
+# ---- pictures and mirror images
+
+def sided_inputs() -> Inputs:
+    "Two maps a pair: those of the picture are even, of the mirror image odd."
+    inputs = tiny_inputs()
+    return inputs._replace(images=torch.arange(2 * N).view(N, 2, 1, 1, 1).expand(N, 2, 5, 2, 2).float())
+
+
+def test_each_step_draws_the_picture_or_its_mirror_image():
+    inputs, recipe = sided_inputs(), dataclasses.replace(TINY, epochs=30)
+    def sides(seed: int) -> np.ndarray:
+        batches = [list(epoch_batches(inputs, dataclasses.replace(recipe, seed=seed), e)) for e in range(recipe.epochs)]
+        for batch in sum(batches, []):
+            assert batch.images.shape == (8, 5, 2, 2)
+            for image, caption in zip(batch.images, batch.captions): assert (image // 2 == int(caption.split()[1])).all()
+        return np.array([[int(v) % 2 for _, v in sorted((c, b.images[i, 0, 0, 0]) for b in bs for i, c in enumerate(b.captions))] for bs in batches])
+    one, again, other = sides(0), sides(0), sides(1)
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).mean() == pytest.approx(0.5, abs=0.1)
+    n = one.size
+    for flips in (one, one[1:] != one[:-1], one[:, 1:] != one[:, :-1]): assert abs(flips.mean() - 0.5) < 4 * 0.5 / n**0.5
+
+
+def test_without_two_maps_nothing_is_drawn():
+    inputs = tiny_inputs()
+    for batch in epoch_batches(inputs, TINY, 0):
+        for image, caption in zip(batch.images, batch.captions): assert image.equal(inputs.images[inputs.captions.index(caption)])
+
+
+def test_a_run_with_mirror_images_moves_the_last_stage_alone_and_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    recipe = dataclasses.replace(TINY, epochs=2, batch_size=3, k=3, train_image="last", imagenet=False)
+    def student(seed: int = 0) -> Student: return build_student(teacher_dim=5, n_concepts=3, imagenet=False, train_image="last", seed=seed)
+    rng = np.random.default_rng(0)
+    inputs = prepare_inputs(student(), few_pairs(), rng.normal(size=(6, 5)), rng.dirichlet(np.ones(3), size=6))
+    whole, path, step, calls = student(), tmp_path / "run.safetensors", training.train_step, []
+    history = train(whole, inputs, recipe)
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4: raise Stop
+        return step(*args)
+    monkeypatch.setattr(training, "train_step", failing)
+    with pytest.raises(Stop): train(student(), inputs, recipe, checkpoint=path)
+    monkeypatch.setattr(training, "train_step", step)
+    resumed, start = student(), student().state_dict()
+    assert train(resumed, inputs, recipe, checkpoint=path) == history and same_weights(whole, resumed)
+    moved = {n.split(".")[3] for n, w in whole.state_dict().items() if "visual.trunk" in n and not w.equal(start[n])}
+    assert moved == {"blocks", "conv_head", "bn2"}
+    assert all(n.startswith("clip.visual.trunk.blocks.6.") for n, w in whole.state_dict().items() if "trunk.blocks" in n and not w.equal(start[n]))
 
 
 @pytest.mark.parametrize("targets, labels, said", [
