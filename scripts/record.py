@@ -27,7 +27,7 @@ def main() -> None:
     for name, how in PAIRS.items():
         embeddings = cached_embeddings(material.pairs.captions, load_teacher, source, progress=True, **how)
         save_embeddings(FOLDER / f"{name}.safetensors", embeddings, material.pairs.captions, teacher=source, **how)
-    save_embeddings(FOLDER / "words-last-29-prompt.safetensors", material.word_embeddings, material.words, teacher=source, **CHOSEN)
+    save_embeddings(FOLDER / "words-last-29-prompt.safetensors", material.word_embeddings, material.words, bits=8, teacher=source, **CHOSEN)
     queries = load_queries(material.pairs).words
     embeddings = cached_embeddings(queries, load_teacher, source, progress=True, **CHOSEN)
     save_embeddings(FOLDER / "queries-last-29-prompt.safetensors", embeddings, queries, teacher=source, **CHOSEN)
