@@ -25,9 +25,10 @@ from kklip_nb.evaluation import bootstrap_interval, chance_levels, item_scores
 from kklip_nb.evidence.other_words import Queries, chance_scores, load_queries, score_queries, split_queries
 from kklip_nb.evidence.study import markdown_table, points, write_rows
 from kklip_nb.evidence.text_probe import student_encoder
+from kklip_nb.recipe import CLIP
 from kklip_nb.teacher import cached_embeddings, load_embeddings, load_teacher, packaged_source, standardise
 from kklip_nb.tools import cache_dir
-from kklip_nb.training import CLIP, LAPTOP, Material, Recipe, Run, checkpoint_path, recorded_material, run_recipe
+from kklip_nb.training import LAPTOP, Material, Recipe, Run, checkpoint_path, recorded_material, run_recipe
 from kklip_nb.visualization import concept_names, plot_similarities, umap_project
 from report import Map, Query, make_queries, report_html
 

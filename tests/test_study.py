@@ -10,9 +10,10 @@ from scipy import stats
 
 from kklip_nb.evidence import runner
 from kklip_nb.evidence import study as ablation
-from kklip_nb.evidence.study import (COLUMNS, CORE, DATASETS, ENCODERS, ROWS, SCENES, SEEDS, Difference, Row, compare_rows, gap_closed, holm, level, load_study,
-                                     markdown_table, paired_difference, row_recipe, seed_values, settings_hash, star_table)
-from kklip_nb.training import LAPTOP
+from kklip_nb.evidence.study import (COLUMNS, CONTROLS, CORE, ENCODERS, LADDER, PAIRS_ALONE, PLAIN, ROWS, SCENES, SEEDS, STEPS, Difference, Row, compare_rows,
+                                     gap_closed, holm, ladder_table, level, load_study, markdown_table, other_words_lines, paired_difference, row_recipe,
+                                     seed_values, settings_hash, star_table)
+from kklip_nb.recipe import CLIP, LAPTOP
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "results" / "study.csv"
@@ -25,13 +26,35 @@ def lines() -> list[dict]:
 
 # --- rows
 
-def test_one_factor_at_a_time():
+def changed(one: Row, other: Row, dataset: str) -> set[str]:
+    a, b = (row_recipe(row, dataset, 1) for row in (one, other))
+    return {f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name)}
+
+
+def test_one_step_at_a_time_up_the_ladder():
+    steps = [changed(ROWS[a], ROWS[b], "openmoji") for a, b in zip(LADDER, LADDER[1:])]
+    assert steps == [{"word_table"}, {"first_steps"}, {"alpha"}, {"beta"}]
+    ladder = [n for n in LADDER if "scenes" in ROWS[n].datasets]
+    assert [changed(ROWS[a], ROWS[b], "scenes") for a, b in zip(ladder, ladder[1:])] == [{"first_steps"}, {"alpha"}, {"beta"}]
+
+
+def test_plain_clip_has_nothing_of_the_teacher():
+    assert row_recipe(ROWS["CLIP"], "openmoji", 0) == CLIP == dataclasses.replace(LAPTOP, **PLAIN, **PAIRS_ALONE)
+    for dataset in ROWS["CLIP"].datasets:
+        recipe = row_recipe(ROWS["CLIP"], dataset, 0)
+        assert recipe.alpha == recipe.beta == recipe.first_steps == 0 and not recipe.word_table
+
+
+def test_all_else_is_kklip_with_one_thing_changed():
     for name, row in ROWS.items():
         for dataset in row.datasets:
-            base = row_recipe(ROWS["KKLIP"], dataset, 1)
-            changed = {f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(row_recipe(row, dataset, 1), f.name)}
-            if name in ("CLIP", "the paper's weights"): assert changed == {"alpha", "beta"}
-            else: assert len(changed) + (row.vectors != "own") == (0 if name == "KKLIP" else 1), name
+            differs = changed(row, ROWS["KKLIP"], dataset)
+            if row.vectors != "own": assert not differs, name
+            elif name == "the paper's weights": assert differs == {"alpha", "beta"}
+            elif name.startswith("three losses"): assert differs == set(PAIRS_ALONE) & (differs | {"first_steps"})
+            elif name not in LADDER and not name.startswith("CLIP"): assert len(differs) == 1, name
+    assert changed(ROWS["CLIP, last image stages"], ROWS["CLIP"], "openmoji") == {"train_image"}
+    assert [ROWS[n].vectors for n in CONTROLS] == ["shuffled", "surface", "bag of words"]
 
 
 def test_the_openmoji_rows_start_from_the_committed_recipe():
@@ -64,18 +87,41 @@ def test_the_committed_runs_belong_to_the_committed_settings(lines):
 
 def test_the_core_is_complete_and_every_number_a_number(lines):
     have = {(r["dataset"], r["row"], int(r["seed"])) for r in lines}
-    assert {(w, n, s) for n in CORE for w in DATASETS for s in SEEDS} <= have
-    assert {("scenes", n, s) for n in ("T5", "random encoder", "bag of words", "teacher") for s in SEEDS} <= have
+    assert {t[1:] for t in runner.tasks("study", core=True)} <= have
     for r in lines:
-        wanted = [m for w, m in COLUMNS if w == r["dataset"]] if r["row"] in ROWS else ["em", "em_val", "edit"]
+        wanted = [m for w, m in COLUMNS if w == r["dataset"]] if r["row"] in ROWS else ["em", "em_val", "edit"] if r["dataset"] == "scenes" else ["words_seen_all_ap"]
         assert all(0 <= float(r[m]) <= 1 for m in wanted), (r["row"], r["seed"])
 
 
-def test_openmoji_rows_agree_with_the_comparison(lines):
-    with open(ROOT / "results" / "runs.csv", encoding="utf-8", newline="") as file: other = {(r["row"], r["seed"]): r for r in csv.DictReader(file)}
-    for r in lines:
-        if r["dataset"] == "openmoji" and r["row"] in ("CLIP", "KKLIP"):
-            for metric in ("i2t_r1", "i2t_r5", "zero_shot", "knn_image", "knn_text"): assert r[metric] == other[r["row"], r["seed"]][metric]
+def test_other_words_are_the_study_s_in_a_file_of_their_own(lines):
+    with open(ROOT / "results" / "other_words.csv", encoding="utf-8", newline="") as file: committed = list(csv.DictReader(file))
+    assert committed == other_words_lines(lines)
+    assert list(committed[0])[:10] == ["student", "seed", "split", "scope", "asked", "ap", "r1", "r5", "median_rank", "n"]
+    of = {(r["student"], r["seed"], r["scope"], r["asked"]): r for r in committed}
+    assert {s for s, *_ in of} >= {*CORE, "teacher", "chance"} and len(of) == len(committed) and {r["split"] for r in committed} == {"test"}
+    for (student, seed, scope, asked), r in of.items():
+        if asked != "all": continue
+        yes, no = of[student, seed, scope, "yes"], of[student, seed, scope, "no"]
+        assert int(r["n"]) == int(yes["n"]) + int(no["n"])
+        for m in ("ap", "r1", "r5"):
+            pooled = (float(yes[m]) * int(yes["n"]) + float(no[m]) * int(no["n"])) / int(r["n"])
+            assert float(r[m]) == pytest.approx(pooled, abs=2e-5)
+
+
+def test_the_ladder_s_table_holds_levels_and_holm_s_stars(lines):
+    table = (ROOT / "results" / "ladder.md").read_text(encoding="utf-8")
+    assert table == ladder_table(lines)
+    rows = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in table.splitlines()[2:]}
+    names = [n for n in (*LADDER, "three losses on pairs alone", *CONTROLS)]
+    assert [n for n in rows if not n.startswith("*")] == names
+    values = {(n, m): (1 if "rank" in m else 100) * seed_values(lines, "openmoji", n, m) for n in names for m in STEPS}
+    cells = [(n, m) for n in names[1:] for m in STEPS]
+    adjusted = holm([stats.ttest_rel(values[c], values["CLIP", c[1]]).pvalue for c in cells])
+    starred = {(n, m) for n in names for m, cell in zip(STEPS, rows[n]) if cell.endswith("*")}
+    assert starred == {c for c, p in zip(cells, adjusted) if p < 0.05}
+    for (n, m), x in values.items():
+        half = stats.t.ppf(0.975, 4) * x.std(ddof=1) / 5**0.5
+        assert rows[n][list(STEPS).index(m)].removesuffix("*") == f"{x.mean():.1f} ± {half:.1f}"
 
 
 def test_a_file_of_other_settings_is_refused(tmp_path, lines):
@@ -183,16 +229,17 @@ def test_gap_closed():
 
 # --- one run in miniature
 
-CACHED = ("all_scenes", "texts_of", "base_material", "word_pairs")
+CACHED = ("all_scenes", "texts_of", "allowed_words", "base_material", "word_pairs")
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(runner, "SCENE_COUNT", 240)
+    monkeypatch.setitem(runner.SCENES, "words", 240)
     monkeypatch.setattr(runner, "READER", dict(t5_steps=5, t5_lr=3e-3, probe_steps=3, probe_lr=1e-2, batch_size=16, word_pairs=2))
     recipe = runner.row_recipe
-    monkeypatch.setattr(runner, "row_recipe", lambda row, dataset, seed: dataclasses.replace(recipe(row, dataset, seed), epochs=1, k=4, batch_size=32, warmup=1))
+    monkeypatch.setattr(runner, "row_recipe", lambda row, dataset, seed: dataclasses.replace(recipe(row, dataset, seed), epochs=1, k=4, batch_size=32, warmup=1, first_steps=min(2, recipe(row, dataset, seed).first_steps)))
     vectors = lambda dataset, which, part: np.random.default_rng(len(which)).normal(size=(len(runner.texts_of(dataset)[part]), 16)).astype(np.float32)
     monkeypatch.setattr(runner, "teacher_vectors", vectors)
     for f in CACHED: getattr(runner, f).cache_clear()
@@ -224,26 +271,40 @@ def test_controls_know_what_they_should(small):
     for caption, vector in zip(bags.pairs.captions, bags.embeddings): same.setdefault(tuple(sorted(caption.split())), []).append(vector)
     assert all(np.allclose(v[0], w, atol=1e-4) for v in same.values() for w in v), "order means nothing"
     assert bags.embeddings.shape == own.embeddings.shape
-    words = small.row_material(ROWS["captions without images"], "scenes", 0)
-    assert len(words.words) == len(words.word_embeddings) == 240 and not set(words.words) & set(words.pairs.captions)
+    spelling = small.row_material(ROWS["surface form as teacher"], "scenes", 0)
+    cosine = lambda a, b: float(np.dot(*(x / np.linalg.norm(x) for x in runner.surface_form([a, b], 576))))
+    assert cosine("climb", "climber") > 0.5 > 0.2 > abs(cosine("car", "vehicle")) and spelling.embeddings.shape == own.embeddings.shape
+
+
+def test_no_caption_of_the_first_stage_has_the_words_of_a_held_out_one(small):
+    for seed in (0, 1):
+        material, split = small.row_material(ROWS["KKLIP"], "scenes", seed), small.split_of("scenes", seed)
+        bags = {tuple(sorted(material.pairs.captions[i].split())) for i in (*split.val, *split.test)}
+        assert len(material.words) == len(material.word_embeddings) > 200 and not {tuple(sorted(w.split())) for w in material.words} & bags
+        everything = runner.texts_of("scenes")["words"]
+        assert len(everything) - len(material.words) == sum(tuple(sorted(w.split())) in bags for w in everything)
+    assert len(small.row_material(ROWS["CLIP"], "scenes", 0).words) == 1, "a run without a first stage reads none"
 
 
 def test_the_order_of_the_runs():
     core, everything = ([t[1:] for t in runner.tasks("study", core=c)] for c in (True, False))
     assert set(core) < set(everything) and len(set(everything)) == len(everything)
-    assert set(everything) == {(w, n, s) for n, r in ROWS.items() for w in r.datasets for s in SEEDS} | {("scenes", n, s) for n in ENCODERS for s in SEEDS}
-    assert {n for _, n, _ in core} == {*CORE, "T5", "random encoder", "bag of words", "teacher"}
-    assert {n for _, n, _ in everything} == {*ROWS, *ENCODERS}
-    assert set(everything[:len(core)]) == set(core), "the core first"
+    rows = {(w, n, s) for n, r in ROWS.items() for w in r.datasets for s in SEEDS}
+    assert set(everything) == rows | {(w, n, s) for w in ENCODERS for n in ENCODERS[w] for s in SEEDS}
+    assert {n for w, n, _ in core if w == "openmoji"} == {*CORE, *ENCODERS["openmoji"]}
+    assert {n for w, n, _ in core if w == "scenes"} == {*CORE, *ENCODERS["scenes"][:4]} - {*CONTROLS, "+ word vectors"}
+    assert everything[:len(core)] == core, "the core first"
 
 
 def test_the_committed_lines_stand_in_the_order_of_the_runs(lines):
-    assert [(r["dataset"], r["row"], int(r["seed"])) for r in lines] == [t[1:] for t in runner.tasks("study")]
+    have = [(r["dataset"], r["row"], int(r["seed"])) for r in lines]
+    assert have == [t[1:] for t in runner.tasks("study") if t[1:] in set(have)]
 
 
 def test_the_keys_of_what_is_not_trained_are_the_committed_ones(lines):
-    keys = {(r["row"], int(r["seed"])): r["key"] for r in lines if r["row"] in ENCODERS}
-    assert keys == {(t.name, t.seed): runner.key_of(t) for t in runner.tasks("study") if t.name in ENCODERS}
+    untrained = {w: set(names) for w, names in ENCODERS.items()}
+    keys = {(r["dataset"], r["row"], int(r["seed"])): r["key"] for r in lines if r["row"] in untrained[r["dataset"]]}
+    assert keys and all(key == runner.key_of(runner.Task("study", *place)) for place, key in keys.items())
 
 
 def test_lines_share_their_columns():
