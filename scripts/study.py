@@ -1,6 +1,6 @@
 """Runs that are repeated over five seeds, and the tables made from them; each resumes run by run.
 
-    python scripts/study.py core      # the study's main rows: results/study.csv, other_words.csv, ladder.md and queries.png
+    python scripts/study.py core      # the study's main rows: results/study.csv, other_words.csv, ladder.md, queries.png
     python scripts/study.py all       # all rows of the study
     python scripts/study.py choose    # how the settings were chosen, on the validation splits: results/runs-val.csv, choices.md
     python scripts/study.py core --tables    # run nothing; write the tables again
@@ -15,10 +15,19 @@ import os
 import sys
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("agg")
+
+import numpy as np
+
 from kklip_nb.evidence.choices import SCORES, choices_table
-from kklip_nb.evidence.runner import LISTS, prepare, run_tasks, tasks
-from kklip_nb.evidence.study import ladder_table, other_words_lines, read_rows, write_rows
-from kklip_nb.tools import write_atomically
+from kklip_nb.evidence.other_words import load_queries, plot_queries, ranked_pictures, split_queries
+from kklip_nb.evidence.runner import LISTS, prepare, row_material, run_tasks, split_of, tasks
+from kklip_nb.evidence.study import ROWS, ladder_table, level, other_words_lines, read_rows, row_recipe, write_rows
+from kklip_nb.evidence.text_probe import student_encoder
+from kklip_nb.tools import cache_dir, write_atomically
+from kklip_nb.training import run_recipe
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -35,6 +44,24 @@ def write_tables(study: str, runs: list[dict]) -> str:
     return write("ladder.md", ladder_table(runs))
 
 
+def draw_queries(runs: list[dict], count: int = 10) -> None:
+    "results/queries.png: test queries in other words, drawn by lot, and what CLIP and KKLIP of seed 0 find among the pictures they have seen."
+    train, found = split_of("openmoji", 0).train, {}
+    for name in ("CLIP", "KKLIP"):
+        row, title = ROWS[name], f"{name}: average precision {level(runs, 'openmoji', name, 'words_seen_all_ap')} %"
+        material = row_material(row, "openmoji", 0)
+        run = run_recipe(row_recipe(row, "openmoji", 0), material, train, cache_dir() / "runs", progress=True)
+        queries = load_queries(material.pairs)
+        rows = [r for r in split_queries(queries)[1] if queries.right[r, train].any()]
+        drawn = np.sort(np.random.default_rng(0).choice(rows, count, replace=False))
+        words = [queries.words[r] for r in drawn]
+        found[title] = ranked_pictures(student_encoder(run.student)(words), run.image_features, train)
+    right = queries.right[drawn] & np.isin(np.arange(queries.right.shape[1]), train)
+    title = f"{count} of {len(rows)} test words that no caption holds, drawn by lot; the five nearest pictures, right ones framed"
+    figure = plot_queries(words, found, right, material.pairs.images, title)
+    figure.savefig(RESULTS / "queries.png", dpi=80, metadata={"Software": ""})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("core", "all", "choose"))
@@ -46,6 +73,7 @@ def main() -> int:
     if not args.tables:
         prepare(wanted, args.workers)
         run_tasks(wanted, path, args.workers)
+        if study == "study": draw_queries(read_rows(path))
     print(write_tables(study, read_rows(path)))
     return 0
 

@@ -64,7 +64,7 @@ LADDER = tuple(ROWS)
 
 # %% ../../nbs/evidence/06_study.ipynb #5e2be755
 ROWS |= {
-    "three losses on pairs alone": Row(PAIRS_ALONE),
+    "three losses on pairs alone": Row(PAIRS_ALONE, datasets=EMOJI),
     "shuffled teacher": Row({}, vectors="shuffled"),
     "surface form as teacher": Row({}, vectors="surface"),
     "bag of words as teacher": Row({}, vectors="bag of words"),
