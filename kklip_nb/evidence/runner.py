@@ -42,7 +42,7 @@ from .scenes import Scene, bag_of_words, draw_scene, make_scenes, scene_caption,
 from .study import CONTROLS, CORE, DATASETS, ENCODERS, READER, ROWS, SCENE_COUNT, SCENES, SEEDS, Row, read_rows, row_recipe, settings_hash, write_rows
 from .text_probe import (Autoencoder, autoencode, build_autoencoder, edit_distances, exact_matches, lookup, matches_by_kind,
                          probe_captions, student_encoder, train_autoencoder)
-from ..student import WordTable, build_student, cached_trunk_features, make_word_table, piece_texts
+from ..student import WordTable, build_student, cached_trunk_features, image_inputs, make_word_table, piece_texts
 from ..teacher import cached_embeddings, captions_hash, input_embeddings, load_teacher, packaged_source, standardise
 from ..tools import cache_dir, write_atomically
 from ..training import LAPTOP, Material, Recipe, run_key, run_recipe
@@ -368,5 +368,7 @@ def prepare(wanted: Sequence[Task], workers: int) -> None:
     places = sorted({(part, seed if part == "val" else 0) for part, seed in scenes})
     pictures = [base_material(d).pairs.images for d in {t.dataset for t in wanted}] + [word_pairs(*place)[1] for place in places]
     for images in pictures: cached_trunk_features(student, images, progress=True)
+    if any(t.name in LISTS[t.study][0] and LISTS[t.study][0][t.name].settings.get("train_image") == "last" for t in wanted):
+        image_inputs(build_student(LAPTOP.student, train_image="last"), base_material("openmoji").pairs.images, progress=True)
     if scenes:
         with parallel_config("loky", inner_max_num_threads=1): Parallel(workers)(delayed(reader)(seed) for seed in {s for _, s in scenes})
