@@ -480,3 +480,27 @@ def test_the_recorded_captions_are_the_course_s_captions():
     for file in files: assert T.load_embeddings(file, captions).shape == (len(captions), 576)
     changed = [*captions[:-1], "another caption"]
     with pytest.raises(ValueError, match="captions"): T.load_embeddings(files[0], changed)
+
+
+def test_eight_bits_are_wrong_by_at_most_half_a_step_of_their_column(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 7)).astype(np.float32) * np.array([1e-6, 0, 1, 10, 1e3, 1e4, 5], np.float32) + np.array([0, 3, 0, -50, 0, 0, 0], np.float32)
+    captions = [f"caption {i}" for i in range(500)]
+    small = T.save_embeddings(tmp_path / "8.safetensors", x, captions, bits=8, teacher="t")
+    back = T.load_embeddings(small, captions, teacher="t")
+    assert back.dtype == np.float32 and small.stat().st_size < 0.6 * T.save_embeddings(tmp_path / "16.safetensors", x, captions).stat().st_size
+    step = (x.max(0) - x.min(0)) / 255
+    assert (np.abs(back - x) <= step / 2 + 1e-5 * np.abs(x) + 1e-9).all() and (back[:, 1] == 3).all()
+    with pytest.raises(ValueError, match="otherwise"): T.load_embeddings(small, captions[::-1], teacher="t")
+
+
+@needs_weights
+def test_the_recorded_words_point_where_the_teacher_s_do():
+    "The rounding turns no word's centred vector by more than a degree: checked on words that the teacher embeds now."
+    from kklip_nb.training import LAPTOP, recorded_material
+    material = recorded_material(RECORDED, LAPTOP)
+    few = list(range(0, 10_000, 400))
+    now = T.embed_captions(T.load_teacher(), [material.words[i] for i in few], LAPTOP.pooling, LAPTOP.layer, LAPTOP.prompt)
+    a, b = (x - material.embeddings.mean(0) for x in (now, material.word_embeddings[few]))
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert cosines.min() > 0.9998
