@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'hits_at_k', 'first_place', 'retrieval_recall', 'median_rank', 'class_features', 'zero_shot_hits',
            'knn_hits', 'alignment', 'uniformity', 'bootstrap_interval', 'seed_interval', 'item_scores', 'evaluate',
-           'chance_levels', 'seed_table']
+           'chance_levels', 'words_seen', 'seed_table']
 
 # %% ../nbs/07_evaluation.ipynb #329c81e2
 import math
@@ -248,12 +248,23 @@ def chance_levels(
     voters, scored = (np.array([classes[i] for i in rows if classes[i] is not None]) for rows in (train, test))
     return levels | dict.fromkeys(("knn_image", "knn_text"), float((voters[:, None] == scored).mean()))
 
+# %% ../nbs/07_evaluation.ipynb #7b0c92e5
+def words_seen(
+    captions: Sequence[str],  # n captions
+    known: Sequence[str],  # the captions that were trained on
+) -> np.ndarray:  # (n,) 'none', 'some' or 'all'
+    "How many of a caption's words stand in any of the known captions; letter case does not count."
+    def words(text): return set(re.findall(r"\w+", fold_caption(text)))
+    seen = set().union(*map(words, known))
+    share = [len(words(c) & seen) / max(1, len(words(c))) for c in captions]
+    return np.array(["none" if s == 0 else "all" if s == 1 else "some" for s in share])
+
 # %% ../nbs/07_evaluation.ipynb #7b0c91fc
 def seed_table(
     runs: Sequence[Mapping[str, str]],  # the lines of results/study.csv
     columns: Mapping[str, str],  # column of the file → its name in the table
 ) -> str:  # Markdown; a column that the file has not for both is left out
-    "CLIP and KKLIP on OpenMoji: mean ± half width over seeds, and their paired difference; shares in points."
+    "CLIP and KKLIP on OpenMoji: mean ± half width over seeds, and the paired difference, in points."
     lines = []
     for column, name in columns.items():
         values = {(r["row"], r["seed"]): float(r[column]) * (1 if "rank" in column else 100)
