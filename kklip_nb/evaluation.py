@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'hits_at_k', 'first_place', 'retrieval_recall', 'median_rank', 'class_features', 'zero_shot_hits',
-           'knn_hits', 'alignment', 'uniformity', 'bootstrap_interval', 'seed_interval', 'item_scores', 'words_seen',
-           'evaluate', 'chance_levels']
+           'knn_hits', 'alignment', 'uniformity', 'bootstrap_interval', 'seed_interval', 'item_scores', 'evaluate',
+           'chance_levels', 'words_seen', 'seed_table']
 
 # %% ../nbs/07_evaluation.ipynb #329c81e2
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ def _hit_chance(places: int, ties: int, good: int) -> float:
 def _ties(similarities: Any, right: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "For each query: candidates above its best right answer, those as good, and the right ones among these."
     scores, right = finite_matrix("similarities", similarities), np.asarray(right, bool)
-    if scores.shape != right.shape or not right.any(1).all(): raise ValueError(f"similarities {scores.shape} and right {right.shape} need one shape and a right answer a row")
+    if scores.shape != right.shape or not right.any(1).all():
+        raise ValueError(f"similarities {scores.shape} and right {right.shape} need one shape and a right answer a row")
     best = np.where(right, scores, -np.inf).max(1, keepdims=True)
     tied = scores == best
     return (scores > best).sum(1), tied.sum(1), (tied & right).sum(1)
@@ -49,7 +50,8 @@ def hits_at_k(
     k: int,  # how many candidates are looked at
 ) -> np.ndarray:  # (n,) in 0 … 1
     "Chance that a right answer is among the first k, ties being put in random order."
-    return np.array([_hit_chance(k - above, ties, good) for above, ties, good in zip(*_ties(similarities, right))])
+    counts = zip(*_ties(similarities, right))
+    return np.array([_hit_chance(k - above, ties, good) for above, ties, good in counts])
 
 # %% ../nbs/07_evaluation.ipynb #0993dba8
 def first_place(
@@ -63,7 +65,8 @@ def first_place(
 # %% ../nbs/07_evaluation.ipynb #3064aaab
 def _unit_pairs(image_features: Any, text_features: Any) -> tuple[np.ndarray, np.ndarray]:
     images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
-    if images.shape != texts.shape: raise ValueError(f"image_features have shape {images.shape}, text_features {texts.shape}; expected the same")
+    if images.shape != texts.shape:
+        raise ValueError(f"image_features {images.shape}, text_features {texts.shape}; expected the same shape")
     return images, texts
 
 def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
@@ -219,17 +222,6 @@ def item_scores(
         items[f"knn_{kind}"] = knn_hits(x[train], [classes[i] for i in train], x[known], truth)
     return items
 
-# %% ../nbs/07_evaluation.ipynb #7b0c91e5
-def words_seen(
-    captions: Sequence[str],  # n captions
-    known: Sequence[str],  # the captions that were trained on
-) -> np.ndarray:  # (n,) 'none', 'some' or 'all'
-    "How many of a caption's words stand in any of the known captions."
-    words = lambda text: set(re.findall(r"\w+", fold_caption(text)))
-    seen = set().union(*map(words, known))
-    share = [len(words(c) & seen) / max(1, len(words(c))) for c in captions]
-    return np.array(["none" if s == 0 else "all" if s == 1 else "some" for s in share])
-
 # %% ../nbs/07_evaluation.ipynb #76256895
 def evaluate(
     image_features, text_features, encode, classes, train, test,  # as in item_scores
@@ -255,3 +247,33 @@ def chance_levels(
     if train is None: return levels
     voters, scored = (np.array([classes[i] for i in rows if classes[i] is not None]) for rows in (train, test))
     return levels | dict.fromkeys(("knn_image", "knn_text"), float((voters[:, None] == scored).mean()))
+
+# %% ../nbs/07_evaluation.ipynb #7b0c92e5
+def words_seen(
+    captions: Sequence[str],  # n captions
+    known: Sequence[str],  # the captions that were trained on
+) -> np.ndarray:  # (n,) 'none', 'some' or 'all'
+    "How many of a caption's words stand in any of the known captions; letter case does not count."
+    def words(text): return set(re.findall(r"\w+", fold_caption(text)))
+    seen = set().union(*map(words, known))
+    share = [len(words(c) & seen) / max(1, len(words(c))) for c in captions]
+    return np.array(["none" if s == 0 else "all" if s == 1 else "some" for s in share])
+
+# %% ../nbs/07_evaluation.ipynb #7b0c91fc
+def seed_table(
+    runs: Sequence[Mapping[str, str]],  # the lines of results/study.csv
+    columns: Mapping[str, str],  # column of the file → its name in the table
+) -> str:  # Markdown; a column that the file has not for both is left out
+    "CLIP and KKLIP on OpenMoji: mean ± half width over seeds, and the paired difference, in points."
+    lines = []
+    for column, name in columns.items():
+        values = {(r["row"], r["seed"]): float(r[column]) * (1 if "rank" in column else 100)
+                  for r in runs if r["dataset"] == "openmoji" and r.get(column)}
+        seeds = [s for row, s in values if row == "CLIP" and ("KKLIP", s) in values]
+        if len(seeds) < 2: continue
+        clip, kklip = (np.array([values[row, s] for s in seeds]) for row in ("CLIP", "KKLIP"))
+        cells = "{:.1f} ± {:.1f} | {:.1f} ± {:.1f} | {:+.1f} ± {:.1f}".format(
+            *seed_interval(clip), *seed_interval(kklip), *seed_interval(kklip - clip))
+        lines.append(f"| {name} | {cells} | {len(seeds)} |")
+    head = ["| | CLIP | KKLIP | KKLIP − CLIP | seeds |", "|---|---|---|---|---|"]
+    return "\n".join(head + lines) if lines else ""

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECORDED_WORDS', 'Material', 'recorded_material', 'make_targets', 'Inputs', 'Texts', 'batch_of', 'to_device',
            'prepare_inputs', 'compute_losses', 'make_optimizer', 'learning_rate', 'optimizer_step', 'train_step',
-           'epoch_batches', 'text_batches', 'first_texts', 'first_stage', 'save_checkpoint', 'load_checkpoint',
-           'load_student', 'train', 'Run', 'run_key', 'checkpoint_path', 'cached_first_stage', 'run_recipe']
+           'epoch_batches', 'first_texts', 'text_batches', 'first_stage', 'run_key', 'cached_first_stage',
+           'save_checkpoint', 'load_checkpoint', 'load_student', 'train', 'Run', 'checkpoint_path', 'run_recipe']
 
 # %% ../nbs/06_training.ipynb #72114a3b
 import dataclasses
@@ -211,20 +211,6 @@ def epoch_batches(
     for step, rows in enumerate(_epoch_rows(inputs.captions, recipe, epoch)):
         yield _draw_side(batch_of(inputs, rows), [recipe.seed, epoch, step, 1])
 
-# %% ../nbs/06_training.ipynb #240bc008
-def text_batches(
-    tokens: torch.Tensor,  # (n, t) token ids
-    batch_size: int,  # captions a batch, at most
-    seed: int,
-    epoch: int,  # from 0
-) -> list[np.ndarray]:  # rows of each batch
-    "One epoch of captions alone: those of like length together, so that little is padded; fixed by seed and epoch."
-    random, lengths = np.random.default_rng([seed, epoch]), tokens.count_nonzero(1).numpy()
-    order = random.permutation(len(tokens))
-    order = order[np.argsort(lengths[order], kind="stable")]
-    batches = np.array_split(order, math.ceil(len(order) / batch_size))
-    return [batches[i] for i in random.permutation(len(batches))]
-
 # %% ../nbs/06_training.ipynb #240bc010
 def first_texts(
     student: Student,
@@ -239,6 +225,20 @@ def first_texts(
     targets = torch.from_numpy(apply_scale(material.word_embeddings, scale))
     return Texts(torch.cat([tokens, inputs.tokens[train_rows]]), torch.cat([targets, inputs.targets[train_rows]]))
 
+# %% ../nbs/06_training.ipynb #240bc008
+def text_batches(
+    tokens: torch.Tensor,  # (n, t) token ids
+    batch_size: int,  # captions a batch, at most
+    seed: int,
+    epoch: int,  # from 0
+) -> list[np.ndarray]:  # rows of each batch
+    "One epoch of captions alone: those of like length together, so that little is padded; fixed by seed and epoch."
+    random, lengths = np.random.default_rng([seed, epoch]), tokens.count_nonzero(1).numpy()
+    order = random.permutation(len(tokens))
+    order = order[np.argsort(lengths[order], kind="stable")]
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    return [batches[i] for i in random.permutation(len(batches))]
+
 # %% ../nbs/06_training.ipynb #240bc009
 def first_stage(
     student: Student,  # its text tower and its map to the teacher are trained in place, where they are
@@ -248,18 +248,57 @@ def first_stage(
 ) -> list[dict]:  # one dict a step: lr, distillation, gradient_norm
     "Distillation alone, before any image is seen; raises ValueError in a step that is not finite."
     from tqdm.auto import tqdm
-    optimizer, device, history = make_optimizer(student.train(), recipe.first_lr, recipe.weight_decay), student.clip.logit_scale.device, []
+    optimizer, history = make_optimizer(student.train(), recipe.first_lr, recipe.weight_decay), []
     epochs = (text_batches(texts.tokens, recipe.first_batch, recipe.seed, epoch) for epoch in itertools.count())
     steps = itertools.islice(itertools.chain.from_iterable(epochs), recipe.first_steps)
     for rows in tqdm(steps, "first stage", recipe.first_steps, disable=not progress):
-        tokens, targets = to_device(batch_of(texts, rows), device)
+        tokens, targets = to_device(batch_of(texts, rows), student.clip.logit_scale.device)
         loss = text_distillation_loss(student.predict_teacher(student.encode_text(tokens)), targets)
         optimizer.zero_grad()
         loss.backward()
         lr = learning_rate(len(history), recipe.first_steps, recipe.first_lr, recipe.warmup)
         history.append(dict(lr=lr, gradient_norm=optimizer_step(student, optimizer, lr), distillation=loss.item()))
         if not all(map(math.isfinite, history[-1].values())):
-            raise ValueError(f"step {len(history) - 1} of the first stage is not finite: {history[-1]}; lower first_lr={recipe.first_lr}")
+            raise ValueError(f"step {len(history) - 1} of the first stage is not finite: {history[-1]}; "
+                             f"lower first_lr={recipe.first_lr}")
+    return history
+
+# %% ../nbs/06_training.ipynb #ab41ddb8
+def run_key(
+    recipe: Recipe,
+    material: Material,
+    train: Sequence[int] | np.ndarray,  # rows of the training split
+    only: Sequence[str] = (),  # the settings that count; none given: all
+) -> str:  # 16 hexadecimal digits
+    "Names a run by its recipe and by what of the material it reads, but for the pictures."
+    read = [material.embeddings.astype(np.float16), np.asarray(train, np.int64)]
+    if recipe.first_steps: read.append(material.word_embeddings.astype(np.float16))
+    if recipe.word_table: read += [material.word_table.ids, material.word_table.vectors.astype(np.float16)]
+    settings = {k: v for k, v in dataclasses.asdict(recipe).items() if not only or k in only}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for array in read: digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+# %% ../nbs/06_training.ipynb #3278731e
+_FIRST = ("student", "pretrained", "word_table", "normalise", "projection", "first_steps", "first_batch", "first_lr",
+          "weight_decay", "warmup", "seed")
+
+def cached_first_stage(
+    student: Student,
+    texts: Texts,
+    recipe: Recipe,  # as in first_stage
+    key: str,  # names all that the first stage reads
+    progress: bool = False,  # show a bar
+) -> list[dict]:  # what first_stage returned
+    "first_stage with a memory: what it does to the student is kept in the cache folder."
+    path = cache_dir() / "first" / f"{key}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            student.load_state_dict({k: file.get_tensor(k) for k in file.keys()}, strict=False)
+            return json.loads(file.metadata()["history"])
+    except (FileNotFoundError, SafetensorError): history = first_stage(student, texts, recipe, progress)
+    state = {k: v.contiguous() for k, v in student.state_dict().items() if not k.startswith("clip.visual")}
+    write_atomically(path, lambda part: save_file(state, part, dict(history=json.dumps(history))))
     return history
 
 # %% ../nbs/06_training.ipynb #257a7b43
@@ -363,22 +402,6 @@ class Run(NamedTuple):
     text_features: torch.Tensor  # (n, d) of all pairs, not normalised
     concepts: Concepts  # of the training captions
 
-# %% ../nbs/06_training.ipynb #ab41ddb8
-def run_key(
-    recipe: Recipe,
-    material: Material,
-    train: Sequence[int] | np.ndarray,  # rows of the training split
-    only: Sequence[str] = (),  # the settings that count; none given: all
-) -> str:  # 16 hexadecimal digits
-    "Names a run by its recipe and by what of the material it reads, but for the pictures."
-    read = [material.embeddings.astype(np.float16), np.asarray(train, np.int64)]
-    if recipe.first_steps: read.append(material.word_embeddings.astype(np.float16))
-    if recipe.word_table: read += [material.word_table.ids, material.word_table.vectors.astype(np.float16)]
-    settings = {k: v for k, v in dataclasses.asdict(recipe).items() if not only or k in only}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for array in read: digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
 # %% ../nbs/06_training.ipynb #3278731c
 def checkpoint_path(
     folder: str | Path,  # where checkpoints are kept
@@ -389,28 +412,6 @@ def checkpoint_path(
     "Where run_recipe keeps this run: the name changes with everything that the run reads."
     pictures = hashlib.sha256(np.ascontiguousarray(material.pairs.images).tobytes()).hexdigest()
     return Path(folder) / f"run-{run_key(recipe, material, train)}-{pictures[:8]}.safetensors"
-
-# %% ../nbs/06_training.ipynb #3278731e
-_FIRST = ("student", "pretrained", "word_table", "normalise", "projection", "first_steps", "first_batch", "first_lr",
-          "weight_decay", "warmup", "seed")
-
-def cached_first_stage(
-    student: Student,
-    texts: Texts,
-    recipe: Recipe,  # as in first_stage
-    key: str,  # names all that the first stage reads
-    progress: bool = False,  # show a bar
-) -> list[dict]:  # what first_stage returned
-    "first_stage with a memory: what it does to the student is kept in the cache folder."
-    path = cache_dir() / "first" / f"{key}.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            student.load_state_dict({k: file.get_tensor(k) for k in file.keys()}, strict=False)
-            return json.loads(file.metadata()["history"])
-    except (FileNotFoundError, SafetensorError): history = first_stage(student, texts, recipe, progress)
-    state = {k: v.contiguous() for k, v in student.state_dict().items() if not k.startswith("clip.visual")}
-    write_atomically(path, lambda part: save_file(state, part, dict(history=json.dumps(history))))
-    return history
 
 # %% ../nbs/06_training.ipynb #369fcafb
 def run_recipe(
@@ -426,9 +427,10 @@ def run_recipe(
     student = build_student(recipe.student, recipe.pretrained, targets.shape[1], recipe.k,
                             recipe.imagenet, recipe.train_image, recipe.seed, recipe.projection)
     if recipe.word_table: start_from_words(student, material.word_table)
-    inputs = prepare_inputs(student.to(device), material.pairs, targets, labels, progress)
-    key, first = run_key(recipe, material, train_rows, _FIRST), []
-    if recipe.first_steps: first = cached_first_stage(student, first_texts(student, inputs, material, train_rows, recipe), recipe, key, progress)
+    inputs, first = prepare_inputs(student.to(device), material.pairs, targets, labels, progress), []
+    if recipe.first_steps:
+        texts = first_texts(student, inputs, material, train_rows, recipe)
+        first = cached_first_stage(student, texts, recipe, run_key(recipe, material, train_rows, _FIRST), progress)
     checkpoint = folder and checkpoint_path(folder, recipe, material, train_rows)
     history = train(student, batch_of(inputs, train_rows), recipe, checkpoint, progress)
     image_features, text_features = encode_all(student, inputs.images, inputs.tokens)

@@ -24,7 +24,9 @@ from kklip_nb.evaluation import (
     median_rank,
     retrieval_recall,
     seed_interval,
+    seed_table,
     uniformity,
+    words_seen,
     zero_shot_hits,
 )
 
@@ -475,3 +477,56 @@ def test_items_are_what_all_metrics_are_means_of(rng):
     assert retrieval_recall(features[test], captions[test]).items() <= scores.items() and median_rank(features[test], captions[test]).items() <= scores.items()
     assert scores["alignment"] == pytest.approx(alignment(features[test], captions[test]))
     assert scores["uniformity_text"] == pytest.approx(uniformity(captions[test]))
+
+
+# ---- words seen, and the table over seeds
+
+
+def test_words_seen_by_hand():
+    known = ["red car", "Bus: stop", "man’s hat"]
+    captions = {"red bus": "all", "STOP, car!": "all", "red fox": "some", "blue whale": "none", "red-hot": "some", "redder": "none",
+                "ｒｅｄ": "all", "man’s": "all", "red red fox": "some"}
+    assert words_seen([*captions], known).tolist() == [*captions.values()]
+
+
+@given(captions=st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4).map(" ".join), min_size=1, max_size=6),
+       known=st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4).map(" ".join), max_size=4))
+def test_words_seen_equals_a_naive_count(captions, known):
+    words = [w for c in known for w in c.split()]
+    for caption, found in zip(captions, words_seen(captions, known), strict=True):
+        hits = [w in words for w in caption.split()]
+        assert found == ("all" if all(hits) else "some" if any(hits) else "none")
+    assert set(words_seen(captions, captions)) == {"all"} and set(words_seen(captions, [])) == {"none"}
+
+
+def test_what_holds_no_word_is_not_seen_and_no_captions_have_no_strata():
+    assert words_seen(["", "!?", "🍕"], ["red car"]).tolist() == ["none"] * 3
+    assert words_seen([], ["red car"]).shape == (0,)
+
+
+def runs_of(column, clip, kklip, **more):
+    return [dict(dataset="openmoji", row=row, seed=str(s)) | {column: str(v)} | more
+            for row, values in (("CLIP", clip), ("KKLIP", kklip)) for s, v in enumerate(values)]
+
+
+def test_the_table_over_seeds_is_the_paired_t_interval():
+    clip, kklip = [0.10, 0.12, 0.11], [0.15, 0.19, 0.14]
+    runs = runs_of("hits", clip, kklip)
+    wanted = []
+    for values, sign in ((clip, ""), (kklip, ""), (np.subtract(kklip, clip), "+")):
+        half = (stats.ttest_1samp(values, 0).confidence_interval(0.95).high - np.mean(values)) * 100
+        wanted.append(f"{100 * np.mean(values):{sign}.1f} ± {half:.1f}")
+    line = f"| found | {' | '.join(wanted)} | 3 |"
+    for order in (runs, runs[::-1]): assert seed_table(order, {"hits": "found"}).splitlines()[2:] == [line]
+    ranks = runs_of("t2i_median_rank", [10, 10], [8, 8])
+    assert "| rank | 10.0 ± 0.0 | 8.0 ± 0.0 | -2.0 ± 0.0 | 2 |" in seed_table(ranks, {"t2i_median_rank": "rank"})
+
+
+def test_the_table_over_seeds_says_nothing_of_what_is_not_there():
+    runs = runs_of("hits", [0.1, 0.2], [0.3, 0.4]) + runs_of("hits", [9.0] * 3, [9.0] * 3, dataset="scenes")
+    others = [dict(dataset="openmoji", row="shuffled teacher", seed="0", hits="7")]
+    table = seed_table(runs + others, {"absent": "a", "hits": "h"})
+    assert len(table.splitlines()) == 3 and "| h | 15.0" in table
+    alone = runs_of("hits", [0.1, 0.2], [0.3])  # one seed in common
+    for rest in (runs[:2], alone, [r | dict(hits="") for r in runs], []): assert seed_table(rest, {"hits": "h"}) == ""
+    assert seed_table(runs, {}) == ""
