@@ -51,7 +51,7 @@ class Recipe:
     gamma: float = _setting(1.0, "1", "weight of the contrastive loss; the others are measured against it", at_least=0)
     word_table: bool = _setting(True, "not said", "start the tokens from the teacher's words: what a word is before a sentence")
     words: int = _setting(10_000, "none mentioned", "captions without images: pairs alone hold too few", at_least=0)
-    first_steps: int = _setting(1000, "none mentioned", "distillation alone, before the pairs; our own: the paper has captions enough", at_least=0)
+    first_steps: int = _setting(1000, "none mentioned", "distillation alone, before the pairs: ours, not the paper's", at_least=0)
     first_batch: int = _setting(512, "none mentioned", "captions a step in the first stage", at_least=1)
     first_lr: float = _setting(2e-3, "none mentioned", "peak learning rate of the first stage", above=0)
     epochs: int = _setting(40, "100", "a run shall take about a minute on a laptop", at_least=1)
