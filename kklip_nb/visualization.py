@@ -46,7 +46,7 @@ def umap_project(
         from umap import UMAP
         return UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed).fit_transform(features)
 
-# %% ../nbs/08_visualization.ipynb #2dd76fc0
+# %% ../nbs/08_visualization.ipynb #2dd76fc1
 def _clear(image: np.ndarray) -> np.ndarray:  # (size, size, 3) → (size, size, 4)
     "White made transparent; a picture that has a fourth channel stays as it is."
     if image.shape[-1] == 4: return image
@@ -55,9 +55,11 @@ def _clear(image: np.ndarray) -> np.ndarray:  # (size, size, 3) → (size, size,
 def _free(places: np.ndarray, width: float) -> np.ndarray:  # (n, 2) → (n,) booleans
     "Which squares of this width have room: of those that overlap the first stays."
     free = np.zeros(len(places), bool)
-    for i, place in enumerate(places): free[i] = (np.abs(places[free] - place).max(1) >= width).all()
+    for i, place in enumerate(places):
+        free[i] = (np.abs(places[free] - place).max(1) >= width).all()
     return free
 
+# %% ../nbs/08_visualization.ipynb #2dd76fc0
 def plot_images(
     points: Any,  # (n, 2) array, tensor or list
     images: Any,  # (n, size, size, 3) uint8; a fourth channel is transparency
@@ -69,7 +71,7 @@ def plot_images(
     ax, points, images = ax or plt.gca(), _array(points).reshape(-1, 2), _array(images)
     if len(points):
         low, high = points.min(0), points.max(0)
-        pad = np.where(high > low, 0.1 * (high - low), 1)  # of points in one line the axis would have no length
+        pad = np.where(high > low, 0.1 * (high - low), 1)  # in one line an axis has no length
         ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, parse_math=False)
@@ -78,7 +80,8 @@ def plot_images(
     ax.scatter(*points[~free].T, s=6, c="#bbbbbb", linewidths=0, zorder=0)
     for point, image, has_room in zip(points, images, free, strict=True):
         if not has_room: continue
-        box = AnnotationBbox(OffsetImage(_clear(image), zoom=zoom, resample=True), point, frameon=False)
+        picture = OffsetImage(_clear(image), zoom=zoom, resample=True)
+        box = AnnotationBbox(picture, point, frameon=False)
         box.set_in_layout(False)  # or the axes would move again
         ax.add_artist(box)
     return ax
