@@ -46,6 +46,19 @@ def umap_project(
         from umap import UMAP
         return UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed).fit_transform(features)
 
+# %% ../nbs/08_visualization.ipynb #2dd76fc1
+def _clear(image: np.ndarray) -> np.ndarray:  # (size, size, 3) → (size, size, 4)
+    "White made transparent; a picture that has a fourth channel stays as it is."
+    if image.shape[-1] == 4: return image
+    return np.dstack([image, np.where((image > 250).all(-1), 0, 255).astype(np.uint8)])
+
+def _free(places: np.ndarray, width: float) -> np.ndarray:  # (n, 2) → (n,) booleans
+    "Which squares of this width have room: of those that overlap the first stays."
+    free = np.zeros(len(places), bool)
+    for i, place in enumerate(places):
+        free[i] = (np.abs(places[free] - place).max(1) >= width).all()
+    return free
+
 # %% ../nbs/08_visualization.ipynb #2dd76fc0
 def plot_images(
     points: Any,  # (n, 2) array, tensor or list
@@ -54,16 +67,23 @@ def plot_images(
     zoom: float = 0.15,  # size of a picture
     title: str = "",  # what to see
 ) -> Axes:
-    "The pictures themselves as markers."
-    ax, points = ax or plt.gca(), _array(points).reshape(-1, 2)
-    for point, image in zip(points, _array(images), strict=True):
-        ax.add_artist(AnnotationBbox(OffsetImage(image, zoom=zoom, resample=True), point, frameon=False))
+    "The pictures themselves as markers; where one would cover an earlier one, a grey dot."
+    ax, points, images = ax or plt.gca(), _array(points).reshape(-1, 2), _array(images)
     if len(points):
         low, high = points.min(0), points.max(0)
-        pad = np.where(high > low, 0.1 * (high - low), 1)  # of points in one line the axis would have no length
+        pad = np.where(high > low, 0.1 * (high - low), 1)  # in one line an axis has no length
         ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, parse_math=False)
+    ax.figure.draw_without_rendering()  # a layout moves the axes
+    free = _free(ax.transData.transform(points), zoom * images.shape[1] * ax.figure.dpi / 72)
+    ax.scatter(*points[~free].T, s=6, c="#bbbbbb", linewidths=0, zorder=0)
+    for point, image, has_room in zip(points, images, free, strict=True):
+        if not has_room: continue
+        picture = OffsetImage(_clear(image), zoom=zoom, resample=True)
+        box = AnnotationBbox(picture, point, frameon=False)
+        box.set_in_layout(False)  # or the axes would move again
+        ax.add_artist(box)
     return ax
 
 # %% ../nbs/08_visualization.ipynb #d1153fcb
@@ -98,13 +118,14 @@ def plot_concepts(
 
 # %% ../nbs/08_visualization.ipynb #bf9573de
 _UNSPACED = re.compile("[\u3040-\u309f\u3400-\u9fff]+")  # hiragana and Han: no spaces between words
+_EMPTY = frozenset("and but for from into not off the with without".split())  # words that name nothing
 
 def _words(caption: str) -> set[str]:
-    "The words of at least three letters, in any script; where words have no spaces between them, pairs of characters."
+    "The words of three letters or more, in any script; where words have no spaces between them, pairs of characters."
     text = unicodedata.normalize("NFC", caption).lower()
     text = "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text)  # letters and the marks on them
     pairs = {run[i:i + 2] for run in _UNSPACED.findall(text) for i in range(max(1, len(run) - 1))}
-    return pairs | {w for w in _UNSPACED.sub(" ", text).split() if len(unicodedata.normalize("NFD", w)) > 2}
+    return pairs | {w for w in _UNSPACED.sub(" ", text).split() if len(unicodedata.normalize("NFD", w)) > 2} - _EMPTY
 
 def concept_names(
     captions: Sequence[str],  # n captions

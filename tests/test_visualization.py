@@ -67,6 +67,13 @@ def test_names_of_two_and_three_words():
     assert len(concept_names(captions, labels, 3)[1].split()) == 3
 
 
+def test_words_that_name_nothing_are_in_no_name():
+    captions = ["face with tears", "face with mask", "face with monocle", "the red fox", "fox and the dog"]
+    names = concept_names(captions, [0, 0, 0, 1, 1])
+    assert names[0].split()[0] == "face" and not {"with", "the", "and"} & {w for n in names.values() for w in n.split()}
+    assert concept_names(["with", "and the"], [0, 1]) == {0: "with", 1: "and the"}  # nothing else to go by
+
+
 def test_names_do_not_depend_on_the_order_of_captions(rng):
     captions, labels = (
         [f"{a} {b}" for a in ("red", "blue", "old") for b in ("fox", "bus", "cat")],
@@ -193,11 +200,11 @@ def test_one_point_many_of_one_kind_and_none(images):
 
 
 def test_figures_of_tensors_are_those_of_arrays(images, rng):
-    points, labels = torch.from_numpy(rng.integers(9, size=(7, 2))).bfloat16().requires_grad_(), torch.arange(7) % 2
+    points, labels = torch.from_numpy(np.stack([rng.permutation(7), rng.permutation(7)], 1)).bfloat16().requires_grad_(), torch.arange(7) % 2
     ax = plot_images(points, torch.from_numpy(images), ax=plt.figure().gca())
     boxes = [a for a in ax.artists if isinstance(a, AnnotationBbox)]
     np.testing.assert_array_equal([b.xy for b in boxes], points.detach().float())
-    np.testing.assert_array_equal(boxes[3].offsetbox.get_data(), images[3])
+    np.testing.assert_array_equal(boxes[3].offsetbox.get_data()[..., :3], images[3])
     ax = plot_concepts(points, labels, {0: "a", 1: "b"}, torch.tensor([1]), ax=plt.figure().gca())
     np.testing.assert_array_equal(ax.collections[1].get_offsets(), points.detach().float()[1::2])
     assert ax.collections[1].get_label() == "b"
@@ -249,7 +256,34 @@ def test_every_picture_is_a_marker_inside_the_axes(images, rng):
     for low, high, values in ((*ax.get_xlim(), points[:, 0]), (*ax.get_ylim(), points[:, 1])):
         assert low < values.min() and values.max() < high
     for box, image in zip(boxes, images):
-        np.testing.assert_array_equal(box.offsetbox.get_data(), image)
+        np.testing.assert_array_equal(box.offsetbox.get_data()[..., :3], image)
+
+
+def test_white_is_transparent_and_a_given_fourth_channel_stays(images):
+    images[:, 0], images[:, 1] = 255, 120
+    given = np.concatenate([images, np.full_like(images[..., :1], 77)], -1)
+    points = np.stack([np.arange(7)] * 2, 1)
+    for pictures, white in ((images, 0), (given, 77)):
+        boxes = [a for a in plot_images(points, pictures, ax=plt.figure().gca()).artists if isinstance(a, AnnotationBbox)]
+        for box in boxes: assert (box.offsetbox.get_data()[0, :, 3] == white).all() and (box.offsetbox.get_data()[1, :, 3] == (255 if white == 0 else 77)).all()
+
+
+@given(seed=st.integers(0, 9999), zoom=st.sampled_from([1.0, 4.0, 9.0]))
+@settings(deadline=None, max_examples=20)
+def test_pictures_that_are_drawn_do_not_overlap_and_the_others_are_dots(seed, zoom):
+    points = np.random.default_rng(seed).normal(size=(12, 2))
+    figure, ax = plt.subplots(figsize=(3, 3), layout="constrained")
+    plot_images(points, np.zeros((12, 6, 6, 3), np.uint8), ax, zoom)
+    figure.canvas.draw()
+    boxes, dots = [a for a in ax.artists if isinstance(a, AnnotationBbox)], ax.collections[0].get_offsets()
+    drawn = [b.offsetbox.get_window_extent(figure.canvas.get_renderer()) for b in boxes]
+    width = drawn[0].width
+    apart = lambda a, b: max(abs(a.x0 - b.x0), abs(a.y0 - b.y0)) >= width - 1
+    assert all(apart(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    assert len(boxes) + len(dots) == 12 and boxes[0].xy == pytest.approx(points[0])  # the first always has room
+    places = ax.transData.transform(points)
+    for dot in ax.transData.transform(dots): assert any(max(abs(place - dot)) < width + 1 for place in places if tuple(place) != tuple(dot))
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("columns, rows", [(6, 2), (7, 1), (3, 3), (1, 7), (10, 1)])
