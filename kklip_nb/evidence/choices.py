@@ -19,7 +19,7 @@ SCORES = {  # what settings are chosen by: the mean of three measures on validat
 # %% ../../nbs/evidence/07_choices.ipynb #c02481f7
 _of = lambda datasets, base, rows: {name: Row(settings, base, datasets=datasets) for name, settings in rows.items()}
 CHOICES = _of(DATASETS, None, {"CLIP": PLAIN | PAIRS_ALONE, "KKLIP": {}})
-CHOICES |= _of(EMOJI, "KKLIP", {"first stage, a third": dict(first_steps=333), "alpha 0": dict(alpha=0.0), "alpha 8": dict(alpha=8.0), "beta 0": dict(beta=0.0)})
+CHOICES |= _of(EMOJI, "KKLIP", {"first stage, a third": dict(first_steps=333), "alpha 0": dict(alpha=0.0), "alpha 8": dict(alpha=8.0)})
 CHOICES |= _of(EMOJI, "CLIP", {"CLIP, lr halved": PLAIN | PAIRS_ALONE | dict(lr=5e-4), "CLIP, lr doubled": PLAIN | PAIRS_ALONE | dict(lr=2e-3)})
 CHOICES |= _of(ONLY_SCENES, "KKLIP", {"alpha 0.3": dict(alpha=0.3), "alpha 3": dict(alpha=3.0)})
 
