@@ -29,9 +29,14 @@ def _check_settings(recipe: Any) -> None:
             expected = "".join(f", {how.replace('_', ' ')} {limit}" for how, limit in allowed.items())
             raise ValueError(f"{f.name}={value!r}; expected {getattr(f.type, '__name__', f.type)}{expected}")
 
+
+class _Checked:
+    "Settings that are checked when they are made."
+    __post_init__ = _check_settings
+
 # %% ../nbs/05_recipe.ipynb #ed1007e1
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(_Checked):
     "Every setting of a run in one place; raises ValueError for a value that no run could use."
     student: str = _setting("kklip-laptop", "not said", "small enough for the CPU of a laptop")
     pretrained: str | None = _setting(None, "not said", "a pretrained CLIP has to be downloaded; we run offline")
@@ -60,7 +65,6 @@ class Recipe:
     weight_decay: float = _setting(0.1, "not said", "a usual value; not on biases, norms and logit_scale", at_least=0)
     warmup: int = _setting(20, "not said", "steps; AdamW knows little about the gradients at first", at_least=0)
     seed: int = _setting(0, "not said", "of weights, concepts, order of the pairs and draw of the words", at_least=0)
-    __post_init__ = _check_settings
 
 # %% ../nbs/05_recipe.ipynb #311f0e36
 LAPTOP = Recipe()
