@@ -23,7 +23,7 @@ import numpy as np
 
 from kklip_nb.evidence.choices import SCORES, choices_table
 from kklip_nb.evidence.other_words import load_queries, plot_queries, ranked_pictures, split_queries
-from kklip_nb.evidence.runner import LISTS, prepare, row_material, run_tasks, split_of, tasks
+from kklip_nb.evidence.runner import LISTS, prepare, row_material, run_tasks, split_of, tasks, texts_of
 from kklip_nb.evidence.study import ROWS, ladder_table, level, other_words_lines, read_rows, row_recipe, write_rows
 from kklip_nb.evidence.text_probe import student_encoder
 from kklip_nb.tools import cache_dir, write_atomically
@@ -48,16 +48,18 @@ def draw_queries(runs: list[dict], count: int = 10) -> None:
     "results/queries.png: test queries in other words, drawn by lot, and what CLIP and KKLIP of seed 0 find among the pictures they have seen."
     train, found = split_of("openmoji", 0).train, {}
     for name in ("CLIP", "KKLIP"):
-        row, title = ROWS[name], f"{name}: average precision {level(runs, 'openmoji', name, 'words_seen_all_ap')} %"
+        row, title = ROWS[name], f"{name}: AP {level(runs, 'openmoji', name, 'words_seen_all_ap')}"
         material = row_material(row, "openmoji", 0)
         run = run_recipe(row_recipe(row, "openmoji", 0), material, train, cache_dir() / "runs", progress=True)
-        queries = load_queries(material.pairs)
+        queries, asked = load_queries(material.pairs), set(texts_of("openmoji")["words"])
         rows = [r for r in split_queries(queries)[1] if queries.right[r, train].any()]
-        drawn = np.sort(np.random.default_rng(0).choice(rows, count, replace=False))
+        kinds = [[r for r in rows if (queries.words[r] in asked) == kind] for kind in (True, False)]
+        drawn = np.concatenate([np.sort(np.random.default_rng(0).choice(kind, count, replace=False)) for kind in kinds])
         words = [queries.words[r] for r in drawn]
         found[title] = ranked_pictures(student_encoder(run.student)(words), run.image_features, train)
     right = queries.right[drawn] & np.isin(np.arange(queries.right.shape[1]), train)
-    title = f"{count} of {len(rows)} test words that no caption holds, drawn by lot; the five nearest pictures, right ones framed"
+    title = (f"Test words that no caption holds, drawn by lot: {count} of the {len(kinds[0])} that the teacher was asked about,\n"
+             f"then {count} of the {len(kinds[1])} others; the five nearest pictures, right ones framed, and the first right one's place")
     figure = plot_queries(words, found, right, material.pairs.images, title)
     figure.savefig(RESULTS / "queries.png", dpi=80, metadata={"Software": ""})
 
