@@ -47,6 +47,12 @@ def say(step: str) -> None:
     print(f"\n[{time.perf_counter() - STARTED:4.0f} s] {step}", flush=True)
 
 
+def teacher():
+    "The teacher, loaded only where something is missing; it takes a while."
+    print("loading the teacher (the first time it is unpacked, which takes about 40 s)", flush=True)
+    return load_teacher()
+
+
 def train(name: str, recipe: Recipe, material: Material, rows: np.ndarray) -> Run:
     "Train one student, or take up its checkpoint; leave a copy in outputs/."
     checkpoint = checkpoint_path(cache_dir() / "runs", recipe, material, rows)
@@ -174,7 +180,7 @@ def main() -> int:
     cached = any((cache_dir() / "embeddings").glob("*.safetensors"))
     if cached: print(f"what is in the cache is not computed again: {cache_dir()}")
     material = recorded_material(RECORDED, LAPTOP)
-    embeddings = cached_embeddings(material.pairs.captions, load_teacher, packaged_source(), **HOW, progress=True)
+    embeddings = cached_embeddings(material.pairs.captions, teacher, packaged_source(), **HOW, progress=True)
     material = material._replace(embeddings=embeddings)
     split = split_by_base(material.pairs.bases, LAPTOP.seed)
     print(f"{len(material.pairs.captions)} pairs: {len(split.train)} to train, {len(split.val)} to validate, {len(split.test)} to test; "
