@@ -245,7 +245,7 @@ def other_words_reference(name: str, seed: int) -> dict[str, float]:
 # %% ../../nbs/evidence/08_runner.ipynb #e540f7c1
 @lru_cache(maxsize=6)
 def word_pairs(part: str, seed: int) -> tuple[list[WordPair], np.ndarray]:
-    "Pairs one word apart, whose first scene is held out and of which no caption was trained on; both pictures of each in turn."
+    "Pairs one word apart, one scene held out, and no caption trained on with its picture; both pictures of each in turn."
     scenes = all_scenes()[:SCENE_COUNT]
     held_out = [scenes[i] for i in getattr(split_scenes(scenes, seed), part)]
     pairs = one_word_pairs(held_out, READER["word_pairs"], seed=0, seen=set(map(scene_caption, scenes)) - set(map(scene_caption, held_out)))
