@@ -17,6 +17,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = {"exercise"}
+COLLAPSED = {"hide", "echo"}  # cells that JupyterLab shows folded: `#| hide`, `#| echo: false`
 FLOORS = ("appendix", ".", "evidence", "scale")  # in the order of imports
 
 
@@ -64,7 +65,7 @@ def run(path: Path, timeout: int) -> None:
             if cell.cell_type != "code": continue
             cell.outputs, cell.execution_count = [], None
             if is_run(cell): client.execute_cell(cell, index)
-            cell.metadata = {}
+            cell.metadata = {"jupyter": {"source_hidden": True}} if directives(cell.source) & COLLAPSED else {}
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "kklip_nb": {"code": code_hash(notebook, path)}}
     nbformat.write(notebook, path)
     print(f"{time.time() - started:6.1f} s  {path.relative_to(ROOT)}", flush=True)
