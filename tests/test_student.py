@@ -13,8 +13,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from kklip_nb import student as S
-from kklip_nb.data import decode_image, read_image
 from kklip_nb.losses import concept_loss, contrastive_loss, text_distillation_loss
+from kklip_nb.own_pairs import decode_image, read_image
 
 CAPTIONS = ["dog face", "a red apple", "pizza"]
 

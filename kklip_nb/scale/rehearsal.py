@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..data import decode_image, openmoji_table, render_svg
+from ..data import openmoji_table, render_svg
+from ..own_pairs import decode_image
 from .clustering import cluster_shards
 from .distributed import World
 from .embeddings import embed_shards, open_sidecars
