@@ -96,13 +96,14 @@ def _layer_states(model: Any, layer: int, **inputs: Any) -> torch.Tensor:
     except _Reached as reached: return reached.args[0]
     finally: hook.remove()
 
-# %% ../nbs/01_teacher.ipynb #5e1f0a10
+# %% ../nbs/01_teacher.ipynb #te000050
 def _padded(rows: Iterable[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids (n, t), padded on the right, and their mask."
     ids = [torch.tensor(row) for row in rows]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     return pad_sequence(ids, batch_first=True).to(device), mask.to(device)
 
+# %% ../nbs/01_teacher.ipynb #5e1f0a10
 def _batch_states(
     model: Any,
     layer: int,  # 0 to L
