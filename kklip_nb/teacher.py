@@ -96,7 +96,7 @@ def _layer_states(model: Any, layer: int, **inputs: Any) -> torch.Tensor:
     except _Reached as reached: return reached.args[0]
     finally: hook.remove()
 
-# %% ../nbs/01_teacher.ipynb #te000050
+# %% ../nbs/01_teacher.ipynb #te000051
 def _padded(rows: Iterable[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids (n, t), padded on the right, and their mask."
     ids = [torch.tensor(row) for row in rows]
