@@ -29,7 +29,8 @@ from .loader import open_data
 from .long_run import train_shards
 from .shards import list_shards, open_picture, read_shard, usable_samples, write_shards
 from ..student import Student, _create_clip, _model_config, check_activation
-from ..teacher import Teacher, _unpacked_teacher, embed_captions, packaged_teacher
+from ..teacher import Teacher, embed_captions, packaged_teacher
+from ..teacher_files import _unpacked_teacher
 from ..recipe import Recipe
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #92a128d8
