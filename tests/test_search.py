@@ -110,7 +110,7 @@ def test_other_pictures_and_none_asked_for_are_refused(student, features, bad, k
 
 @pytest.mark.parametrize("shapes", [[], [(8, 8, 3), (9, 8, 3)], [(8, 8)], [(8, 8, 4)], [(2, 8, 8, 3)]])
 def test_what_is_no_list_of_pictures_is_refused(student, shapes):
-    with pytest.raises(ValueError, match="data.read_image"): S.picture_features(student, [np.zeros(s, np.uint8) for s in shapes])
+    with pytest.raises(ValueError, match="own_pairs.read_image"): S.picture_features(student, [np.zeros(s, np.uint8) for s in shapes])
 
 
 def test_pixels_that_are_not_bytes_and_broken_weights_are_refused(images):
