@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from lab import browser, lab, notebook_page, open_notebook  # noqa: F401
 
 torch.set_num_threads(1)
 settings.register_profile("kklip", deadline=None, max_examples=25, derandomize=True, database=None)
