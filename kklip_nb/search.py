@@ -87,7 +87,7 @@ def _draw_finds(ax: plt.Axes, left: float, rows: np.ndarray, images, texts, righ
         ax.imshow(images[row], extent=(x + 0.04, x + 0.96, top + 0.96, top + 0.04))
         if right is not None and right[y][row]:
             ax.add_patch(plt.Rectangle((x, top), 1, 1, fill=False, lw=2))
-        _write(ax, x + 0.5, top + 1.04, texts[y, place], 6, 14, ha="center", va="top")
+        _write(ax, x + 0.5, top + 1.09, texts[y, place], 6, 14, ha="center", va="top")
 
 def _under(rows: np.ndarray, captions: Sequence[str], cosines: np.ndarray | None) -> np.ndarray:
     "(q, k) texts: each find's caption, after its cosine where that is given."
