@@ -35,7 +35,7 @@ def picture_features(
     shapes = {np.shape(image) for image in images}
     if len(shapes) != 1 or len(shape := next(iter(shapes))) != 3 or shape[2] != 3:
         raise ValueError(f"pictures of shapes {sorted(shapes)}; "
-                         "expected one (size, size, 3): see data.read_image")
+                         "expected one (size, size, 3): see own_pairs.read_image")
     images, clip = np.asarray(images), student.eval().clip
     device, trunk = clip.logit_scale.device, getattr(clip.visual, "trunk", None)
     frozen = trunk is not None and not any(p.requires_grad for p in trunk.parameters())
