@@ -47,7 +47,7 @@ gpu: $(STAMP)  ## where there is a GPU: its tests, a 7 B teacher, ViT-B/32 in bf
 	$(BIN)/python scripts/gpu.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=nbs
+	$(BIN)/jupyter lab --notebook-dir=nbs --config=scripts/lab_config.py
 
 test: $(STAMP)  ## everything that CI does
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test.sh

@@ -17,14 +17,16 @@ def _check_matrix(name: str, x: torch.Tensor) -> None:
     "A floating (n, d) tensor, neither side empty."
     if x.ndim != 2 or not x.numel():
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (n, d), neither of them 0")
-    if not x.is_floating_point(): raise ValueError(f"{name} has dtype {x.dtype}; expected floating point")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}; expected floating point")
 
 
 def _check_pair(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> None:
     _check_matrix(name_a, a)
     _check_matrix(name_b, b)
     if a.shape != b.shape:
-        raise ValueError(f"{name_a} has shape {tuple(a.shape)}, {name_b} {tuple(b.shape)}; expected the same (n, d)")
+        raise ValueError(f"{name_a} has shape {tuple(a.shape)}, {name_b} {tuple(b.shape)}; "
+                         "expected the same (n, d)")
 
 
 def _check_finite(**tensors: torch.Tensor) -> None:
@@ -38,16 +40,17 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     "At least float32: sums and exponentials need more than 16 bits."
     return x.float() if x.element_size() < 4 else x
 
-# %% ../nbs/04_losses.ipynb #934876e0
+
 def text_distillation_loss(
-    student: torch.Tensor,  # (n, d) text embeddings, mapped up to the teacher's dimension
+    student: torch.Tensor,  # (n, d) text features, mapped up to the teacher's dimension
     teacher: torch.Tensor,  # (n, d) teacher embeddings of the same captions; a constant
     *,
     validate: bool = False,  # look for NaN and infinity, which reads from the device
 ) -> torch.Tensor:  # scalar, float32 for half precision
-    r"""Mean over the batch of the squared distance to the teacher: $\frac1n\sum_i\lVert s_i-t_i\rVert^2$.
+    r"""Mean squared distance to the teacher: $\frac1n\sum_i\lVert\hat t_i-t_i\rVert^2$.
 
-    Raises ValueError for shapes that differ (nothing is broadcast); with `validate` also for NaN or infinite input."""
+    Raises ValueError for shapes that differ (nothing is broadcast); with `validate` also for NaN
+    or infinite input."""
     _check_pair("student", student, "teacher", teacher)
     if validate: _check_finite(student=student, teacher=teacher)
     return (_wide(student) - _wide(teacher.detach())).pow(2).sum(dim=1).mean()
@@ -58,30 +61,33 @@ def _check_labels(logits: torch.Tensor, concepts: torch.Tensor, ignore_index: in
     if concepts.is_floating_point():
         _check_pair("logits", logits, "concepts", concepts)
         if ignore_index is not None:
-            raise ValueError(f"ignore_index={ignore_index} is for integer ids; leave rows of probabilities out instead")
+            raise ValueError(f"ignore_index={ignore_index} is for integer ids; "
+                             "leave rows of probabilities out instead")
         return
     n, k = logits.shape
     if concepts.shape != (n,):
-        raise ValueError(f"integer concepts have shape {tuple(concepts.shape)}; expected ({n},) for logits {(n, k)}")
+        raise ValueError(f"integer concepts have shape {tuple(concepts.shape)}; "
+                         f"expected ({n},) for logits {(n, k)}")
     if concepts.dtype == torch.bool:
         raise ValueError("concepts are booleans; expected integer ids or rows of probabilities")
 
 # %% ../nbs/04_losses.ipynb #9f6b1176
 def _check_probabilities(concepts: torch.Tensor) -> None:
     _check_finite(concepts=concepts)
-    if (concepts < 0).any(): raise ValueError(f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
+    if (concepts < 0).any():
+        raise ValueError(f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
     sums = concepts.sum(dim=1, dtype=torch.float64)
     if ((sums - 1).abs() >= 5e-3).any():
-        raise ValueError(f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; expected 1: "
-                         "pass soft_labels, not logits")
+        raise ValueError(f"rows of concepts sum to {sums.min():.4g} … {sums.max():.4g}; "
+                         "expected 1: pass soft_labels, not logits")
 
 
-def _check_ids(concepts: torch.Tensor, k: int, ignore_index: int | None) -> None:
+def _check_ids(concepts: torch.Tensor, k: int, skipped: int) -> None:
     concepts = concepts.long()
-    outside = ((concepts < 0) | (concepts >= k)) & (concepts != (_NO_ID if ignore_index is None else ignore_index))
-    if outside.any():
+    if (((concepts < 0) | (concepts >= k)) & (concepts != skipped)).any():
         low, high = int(concepts.min()), int(concepts.max())
-        raise ValueError(f"concept ids run from {low} to {high}; expected 0 … {k - 1} for {k} concepts")
+        raise ValueError(f"concept ids run from {low} to {high}; "
+                         f"expected 0 … {k - 1} for {k} concepts")
 
 # %% ../nbs/04_losses.ipynb #d17b38c0
 _NO_ID = -(2**61) - 1  # an id that no row has: not -1 or -100, nor what NaN becomes as an integer
@@ -97,38 +103,41 @@ def concept_loss(
     label_smoothing: float = 0.0,  # share of each label that is spread over all concepts
     validate: bool = False,  # look at the values too, which reads from the device
 ) -> torch.Tensor:  # scalar, or (n,) without reduction; in nats, float32 for half precision
-    r"""Mean cross-entropy between concept labels and predicted concepts: $-\frac1n\sum_i\sum_j q_{ij}\ln p_{ij}$.
+    r"""Mean cross-entropy of labels and predictions: $-\frac1n\sum_i\sum_j q_{ij}\ln p_{ij}$.
 
-    Raises ValueError for shapes that do not match; torch raises IndexError for ids outside 0 … k-1. With `validate`
-    ValueError also for such ids, rows that are no probabilities, NaN or infinite input."""
+    Raises ValueError for shapes that do not match; torch raises IndexError for ids outside 0 … k-1.
+    With `validate` ValueError also for such ids, rows that are no probabilities, NaN, infinity."""
     _check_matrix("logits", logits)
     _check_labels(logits, concepts, ignore_index)
-    soft = concepts.is_floating_point()
+    soft, skipped = concepts.is_floating_point(), _NO_ID if ignore_index is None else ignore_index
     if validate:
         _check_finite(logits=logits)
         if soft: _check_probabilities(concepts)
-        else: _check_ids(concepts, logits.shape[1], ignore_index)
+        else: _check_ids(concepts, logits.shape[1], skipped)
     logits = _wide(logits)
     concepts = concepts.detach().to(logits.dtype if soft else torch.long)
     if weight is not None: weight = weight.to(logits.dtype)
-    return F.cross_entropy(logits, concepts, weight, ignore_index=_NO_ID if ignore_index is None else ignore_index,
+    return F.cross_entropy(logits, concepts, weight, ignore_index=skipped,
                            reduction=reduction, label_smoothing=label_smoothing)
 
 # %% ../nbs/04_losses.ipynb #45aa49f5
 def _check_scale(logit_scale: torch.Tensor | float, validate: bool) -> None:
     if isinstance(logit_scale, torch.Tensor):
         if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; expected one number")
+            raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; "
+                             "expected one number")
         if not validate: return
         logit_scale = logit_scale.item()
     if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale={logit_scale}; expected a positive, finite number: pass logit_scale.exp()")
+        raise ValueError(f"logit_scale={logit_scale}; expected a positive, finite number: "
+                         "pass logit_scale.exp()")
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    "Rows of length 1; a row of zeros stays as it is, and a length that overflows becomes NaN, which shows."
+    "Rows of length 1; a row of zeros stays, and a length that overflows becomes NaN, which shows."
     x = _wide(x)
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).nan_to_num(nan=math.nan, posinf=math.nan)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    length = length.nan_to_num(nan=math.nan, posinf=math.nan)
     return x / (length + length.logical_not())
 
 
@@ -142,42 +151,45 @@ def _no_autocast(x: torch.Tensor):
 def contrastive_loss(
     image_features: torch.Tensor,  # (n, d) of n ≥ 2 pairs; normalised inside
     text_features: torch.Tensor,  # (n, d) row i belongs to image i; normalised inside
-    logit_scale: torch.Tensor | float,  # positive, already exponentiated: 1/temperature
+    logit_scale: torch.Tensor | float,  # positive: the factor on cosines, not its logarithm
     *,
     chunk: int | None = None,  # images at a time: memory for chunk × n logits instead of n × n
     validate: bool = False,  # look at the values too, which reads from the device
 ) -> torch.Tensor:  # scalar, in nats, float32 for half precision
-    r"""CLIP's symmetric cross-entropy: each image picks its caption among n, each caption its image.
+    r"""CLIP's symmetric cross-entropy: each image picks a caption among n, each caption an image.
 
-    Equals `open_clip.loss.ClipLoss` on normalised features. Raises ValueError for shapes that differ, a batch of one
-    (its loss is always 0), a scale that is not positive (a tensor's only with `validate`, as NaN or infinite input)."""
+    Equals `open_clip.loss.ClipLoss` on normalised features. Raises ValueError for shapes that
+    differ, a batch of one (its loss is always 0), a scale that is not positive; with `validate`
+    also for a scale in a tensor that is not, NaN or infinite input."""
     _check_pair("image_features", image_features, "text_features", text_features)
     n = len(image_features)
-    if n < 2: raise ValueError("a batch of one pair has no negatives and its loss is always 0; give at least 2 pairs")
-    if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk}; expected at least 1 image at a time, or None")
+    if n < 2:
+        raise ValueError("a batch of one pair has no negatives and its loss is always 0; "
+                         "give at least 2 pairs")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}; expected at least 1 image at a time, or None")
     if validate: _check_finite(image_features=image_features, text_features=text_features)
     _check_scale(logit_scale, validate)
     with _no_autocast(image_features):
         images, texts = _unit(image_features), _unit(text_features)
-        if isinstance(logit_scale, torch.Tensor): logit_scale = logit_scale.to(images.dtype).squeeze()
+        if isinstance(logit_scale, torch.Tensor):
+            logit_scale = logit_scale.to(images.dtype).squeeze()
         if chunk is not None: return _loss_by_chunks(logit_scale * images, texts, chunk)
-        logits = logit_scale * images @ texts.T
-        targets = torch.arange(n, device=logits.device)
+        logits, targets = logit_scale * images @ texts.T, torch.arange(n, device=images.device)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 # %% ../nbs/04_losses.ipynb #bb4e685f
 class _Scores(torch.autograd.Function):
-    "Logsumexp of rows and of columns, and the diagonal, of images @ texts.T, of which only a chunk is in memory."
+    "Logsumexp of rows, of columns, and the diagonal of images @ texts.T, made chunk by chunk."
     generate_vmap_rule = True
 
     @staticmethod
     def forward(images, texts, chunk):
-        matched = (images * texts).sum(1)  # results are written into place: many small ones would fragment the memory
+        matched = (images * texts).sum(1)  # written in place: small results would fragment memory
         rows, columns = torch.empty_like(matched), torch.full_like(matched, -math.inf)
-        for start in range(0, len(images), chunk):
-            part = slice(start, start + chunk)
+        for part in [slice(i, i + chunk) for i in range(0, len(images), chunk)]:
             z = images[part] @ texts.T
-            rows[part], matched[part] = z.logsumexp(1), z.diagonal(start)
+            rows[part], matched[part] = z.logsumexp(1), z.diagonal(part.start)
             columns = torch.logaddexp(columns, z.logsumexp(0))
         return rows, columns, matched
 
@@ -189,13 +201,13 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, to_rows, to_columns, to_matched):
         images, texts, rows, columns = ctx.saved_tensors
-        to_matched = (to_matched + 0 * rows)[:, None]  # under vmap these have a batch wherever the scores have one
+        to_matched = (to_matched + 0 * rows)[:, None]  # under vmap: a batch wherever rows have one
         to_images, to_texts = to_matched * texts, to_matched * images
-        for start in range(0, len(images), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
+        for part in [slice(i, i + ctx.chunk) for i in range(0, len(images), ctx.chunk)]:
             with _no_autocast(images):
                 z = images[part] @ texts.T
-                to_z = (z - rows[part, None]).exp() * to_rows[part, None] + (z - columns).exp() * to_columns
+                to_z = (z - rows[part, None]).exp() * to_rows[part, None]
+                to_z = to_z + (z - columns).exp() * to_columns
                 to_images[part] += to_z @ texts
                 to_texts += to_z.T @ images[part]
         return to_images, to_texts, None
@@ -215,16 +227,17 @@ def kklip_loss(
     gamma: float = 1.0,  # weight of the contrastive loss
     *,
     validate: bool = False,  # look for NaN and infinity in the parts, which reads from the device
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total (float32 at least); the three parts by name, not weighted
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total, float32 at least; the parts, unweighted
     r"""The weighted sum $\alpha L_{distillation}+\beta L_{concept}+\gamma L_{contrastive}$.
 
-    The paper gives 1, 0.01 and 1, not which multiplies which: we go by its order of presentation. Raises ValueError for
-    a part that is no scalar, a weight that is negative or not finite; with `validate` for parts that are not finite."""
+    The default weights are the paper's, in its order of presentation. Raises ValueError for a part
+    that is no scalar, a negative or infinite weight; with `validate` for NaN or inf in a part."""
     parts = dict(distillation=distillation, concept=concept, contrastive=contrastive)
     for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
         if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
             raise ValueError(f"{name}={value}; expected a finite weight of at least 0")
     for name, part in parts.items():
         if part.ndim: raise ValueError(f"{name} has shape {tuple(part.shape)}; expected a scalar")
-        if validate and not part.isfinite(): raise ValueError(f"{name} is {part.item()}; expected a finite number")
+        if validate and not part.isfinite():
+            raise ValueError(f"{name} is {part.item()}; expected a finite number")
     return alpha * _wide(distillation) + beta * _wide(concept) + gamma * _wide(contrastive), parts

@@ -46,7 +46,7 @@ def lab(tmp_path_factory):
     places = {f"JUPYTER_{what}_DIR": str(home / what) for what in ("CONFIG", "DATA", "RUNTIME")}
     places |= {"JUPYTERLAB_WORKSPACES_DIR": str(home / "spaces"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "PYTHONWARNINGS": "ignore"}
     options = ["--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=kklip",
-               f"--ServerApp.root_dir={home}", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+               f"--ServerApp.root_dir={home}", f"--config={ROOT / 'scripts/lab_config.py'}", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | places  # the notebook's own backend shows pictures
     with open(home / "log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log)
