@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECORDED_WORDS', 'Material', 'recorded_material', 'make_targets', 'Inputs', 'Texts', 'batch_of', 'to_device',
-           'prepare_inputs', 'compute_losses', 'make_optimizer', 'learning_rate', 'optimizer_step', 'train_step',
-           'epoch_batches', 'first_texts', 'text_batches', 'first_stage', 'run_key', 'cached_first_stage',
-           'save_checkpoint', 'load_checkpoint', 'load_student', 'train', 'Run', 'checkpoint_path', 'run_recipe']
+           'prepare_inputs', 'compute_losses', 'make_optimizer', 'optimizer_step', 'train_step', 'learning_rate',
+           'first_texts', 'text_batches', 'first_stage', 'run_key', 'checkpoint_path', 'cached_first_stage',
+           'epoch_batches', 'save_checkpoint', 'load_student', 'load_checkpoint', 'train', 'Run', 'run_recipe']
 
 # %% ../nbs/06_training.ipynb #72114a3b
 import dataclasses
@@ -23,12 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .concepts import Concepts, apply_scale, fit_concepts, fit_scale, label_entropy, soft_labels
+from .concepts import (Concepts, apply_scale, fit_concepts, fit_scale, label_entropy,
+                               soft_labels)
 from .data import Pairs, caption_batches, load_openmoji, load_words
 from .losses import concept_loss, contrastive_loss, kklip_loss, text_distillation_loss
 from .recipe import LAPTOP, PAPER, Recipe, recipe_table  # noqa: F401
-from .student import (MAX_LOGIT_SCALE, Student, WordTable, build_student, cut_padding, encode_all,
-                              image_inputs, start_from_words, tokenize)
+from .student import (MAX_LOGIT_SCALE, Student, WordTable, build_student, cut_padding,
+                              encode_all, image_inputs, start_from_words, tokenize)
 from .teacher import load_embeddings
 from .tools import cache_dir, check_found, finite_matrix, write_atomically
 
@@ -42,6 +43,7 @@ class Material(NamedTuple):
     word_table: WordTable  # start of the student's token embedding
 
 # %% ../nbs/06_training.ipynb #fd9eb0db
+#| echo: false
 RECORDED_WORDS = 10_000  # as many as scripts/record.py asks the teacher about
 
 def recorded_material(
@@ -49,8 +51,10 @@ def recorded_material(
     recipe: Recipe,  # the recordings must be of its teacher vectors
 ) -> Material:
     "The course's pairs with recorded embeddings: no teacher has to be installed."
-    if recipe.words > RECORDED_WORDS: raise ValueError(f"words={recipe.words}; at most {RECORDED_WORDS} are recorded")
-    folder, how = Path(folder), dict(pooling=recipe.pooling, layer=recipe.layer, prompt=recipe.prompt)
+    if recipe.words > RECORDED_WORDS:
+        raise ValueError(f"words={recipe.words}; at most {RECORDED_WORDS} are recorded")
+    folder = Path(folder)
+    how = dict(pooling=recipe.pooling, layer=recipe.layer, prompt=recipe.prompt)
     pairs, few = load_openmoji(), slice(recipe.words)
     words = load_words(RECORDED_WORDS, {*pairs.bases, *pairs.captions})
     embeddings = load_embeddings(folder / "pairs-last-29-prompt.safetensors", pairs.captions, **how)
@@ -92,13 +96,15 @@ def batch_of(
 ) -> Inputs | Texts:  # tokens cut to the longest of these captions
     "The inputs of these rows alone."
     index = torch.as_tensor(rows)
-    batch = type(inputs)(*(x[index] if isinstance(x, torch.Tensor) else [x[i] for i in rows] for x in inputs))
+    columns = (x[index] if isinstance(x, torch.Tensor) else [x[i] for i in rows] for x in inputs)
+    batch = type(inputs)(*columns)
     return batch._replace(tokens=cut_padding(batch.tokens))
 
 
 def to_device(batch: Inputs | Texts, device: torch.device | str) -> Inputs | Texts:
     "The same batch on that device."
-    return type(batch)(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in batch))
+    return type(batch)(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+                         for x in batch))
 
 # %% ../nbs/06_training.ipynb #1d0fa8a2
 def prepare_inputs(
@@ -108,11 +114,14 @@ def prepare_inputs(
     labels: np.ndarray | torch.Tensor,  # (n, k) soft labels: probabilities
     progress: bool = False,  # show a bar
 ) -> Inputs:  # of all pairs, on the CPU
-    "All that training reads, as tensors; raises ValueError for targets or labels that are not as above."
+    "All that training reads, as tensors; raises ValueError for targets or labels that are not so."
     label_entropy(labels)  # raises ValueError for rows that are no probabilities
-    targets, labels = (torch.from_numpy(finite_matrix(*x)).float() for x in (("targets", targets), ("labels", labels)))
-    if not len(targets) == len(labels) == len(pairs.captions):
-        raise ValueError(f"{len(pairs.captions)} pairs, {len(targets)} targets, {len(labels)} labels; expected as many")
+    targets, labels = (torch.from_numpy(finite_matrix(*x)).float()
+                       for x in (("targets", targets), ("labels", labels)))
+    n = len(pairs.captions)
+    if not len(targets) == len(labels) == n:
+        raise ValueError(f"{n} pairs, {len(targets)} targets, {len(labels)} labels; "
+                         "expected as many")
     images = image_inputs(student, pairs.images, progress)
     return Inputs(pairs.captions, images, tokenize(student, pairs.captions), targets, labels)
 
@@ -121,13 +130,16 @@ def compute_losses(
     student: Student,
     batch: Inputs,
     recipe: Recipe,
-    gather: Callable | None = None,  # image and text features → those of the global batch, where this is a part of it
+    gather: Callable | None = None,  # image and text features → those of the global batch
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # total; the three parts by name
     "One forward pass through both towers and all three losses."
-    image_features, text_features = student.encode_image(batch.images), student.encode_text(batch.tokens)
-    distillation = text_distillation_loss(student.predict_teacher(text_features), batch.targets)
+    image_features = student.encode_image(batch.images)
+    text_features = student.encode_text(batch.tokens)
+    predicted = student.predict_teacher(text_features)
+    distillation = text_distillation_loss(predicted, batch.targets)
     both = dict(image=image_features, text=text_features)
-    scores = [student.predict_concepts(x, m) for m, x in both.items() if recipe.concept_on in (m, "both", "concat")]
+    scores = [student.predict_concepts(x, m) for m, x in both.items()
+              if recipe.concept_on in (m, "both", "concat")]
     if recipe.concept_on == "concat": scores = [sum(scores)]
     concept = sum(concept_loss(x, batch.labels) for x in scores) / len(scores)
     if gather is not None: image_features, text_features = gather(image_features, text_features)
@@ -140,22 +152,11 @@ def make_optimizer(
     lr: float,  # peak learning rate
     weight_decay: float,  # of matrices; biases, norms and logit_scale get none
 ) -> torch.optim.AdamW:
-    "AdamW in two groups, as CLIP has it: what has two or more dimensions decays, the rest does not."
+    "AdamW in two groups, as CLIP has it: what has two dimensions or more decays, the rest not."
     params = [p for p in student.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
               dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-# %% ../nbs/06_training.ipynb #500dbfd2
-def learning_rate(
-    step: int,  # from 0
-    steps: int,  # of the whole run
-    peak: float,  # reached after the warm-up
-    warmup: int,  # steps of linear warm-up
-) -> float:
-    "Linear warm-up, then half a cosine down to zero."
-    if step < warmup: return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 # %% ../nbs/06_training.ipynb #604102d6
 def optimizer_step(
@@ -164,9 +165,12 @@ def optimizer_step(
     lr: float,  # learning rate of this step
     max_norm: float | None = None,  # a longer gradient is shortened to this; None: never
 ) -> float:  # length of the gradient over all parameters, before it is shortened
-    "One step along the gradients, none where their length is not finite; logit_scale never leaves its range."
+    """One step along the gradients, none where their length is not finite.
+
+    logit_scale never leaves its range. Training on many GPUs ends its steps here too."""
     for group in optimizer.param_groups: group["lr"] = lr
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for p in everything if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if max_norm is not None: torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     norm = norm.item()
@@ -183,12 +187,142 @@ def train_step(
     lr: float,  # learning rate of this step
 ) -> dict[str, float]:  # total and the three parts, before the step; gradient_norm
     "Forward, backward, one step of AdamW."
-    total, parts = compute_losses(student, to_device(batch, student.clip.logit_scale.device), recipe)
+    batch = to_device(batch, student.clip.logit_scale.device)
+    total, parts = compute_losses(student, batch, recipe)
     optimizer.zero_grad()
     total.backward()
     norm = optimizer_step(student, optimizer, lr)
-    values = torch.stack([total, *parts.values()]).tolist()  # the one look at the losses: a GPU waits for it
+    values = torch.stack([total, *parts.values()]).tolist()  # the one look: a GPU waits for it
     return dict(zip(("total", *parts), values), gradient_norm=norm)
+
+# %% ../nbs/06_training.ipynb #500dbfd2
+def learning_rate(
+    step: int,  # from 0
+    steps: int,  # of the whole run
+    peak: float,  # reached after the warm-up
+    warmup: int,  # steps of linear warm-up
+) -> float:
+    "Linear warm-up, then half a cosine down to zero."
+    if step < warmup: return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+# %% ../nbs/06_training.ipynb #240bc010
+def first_texts(
+    student: Student,
+    inputs: Inputs,  # of all pairs
+    material: Material,
+    train_rows: np.ndarray,  # rows of the training split: no other caption may be learned from
+    recipe: Recipe,
+) -> Texts:  # the words, then the training captions
+    "What the first stage reads; the words are scaled as the training captions are."
+    scale = fit_scale([material.embeddings[train_rows]], recipe.normalise)
+    tokens = tokenize(student, material.words)
+    targets = torch.from_numpy(apply_scale(material.word_embeddings, scale))
+    return Texts(torch.cat([tokens, inputs.tokens[train_rows]]),
+                 torch.cat([targets, inputs.targets[train_rows]]))
+
+# %% ../nbs/06_training.ipynb #240bc008
+def text_batches(
+    tokens: torch.Tensor,  # (n, t) token ids
+    batch_size: int,  # captions a batch, at most
+    seed: int,
+    epoch: int,  # from 0
+) -> list[np.ndarray]:  # rows of each batch
+    "One epoch of captions alone, like lengths together: little is padded; fixed by seed and epoch."
+    random, lengths = np.random.default_rng([seed, epoch]), tokens.count_nonzero(1).numpy()
+    order = random.permutation(len(tokens))
+    order = order[np.argsort(lengths[order], kind="stable")]
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    return [batches[i] for i in random.permutation(len(batches))]
+
+# %% ../nbs/06_training.ipynb #240bc009
+def first_stage(
+    student: Student,  # its text tower and its map to the teacher are trained in place
+    texts: Texts,  # captions without images, and those of the training pairs
+    recipe: Recipe,
+    progress: bool = False,  # show a bar
+) -> list[dict]:  # one dict a step: lr, distillation, gradient_norm
+    "Distillation alone, before any image; raises ValueError in a step that is not finite."
+    from tqdm.auto import tqdm
+    optimizer = make_optimizer(student.train(), recipe.first_lr, recipe.weight_decay)
+    history = []
+    epochs = (text_batches(texts.tokens, recipe.first_batch, recipe.seed, epoch)
+              for epoch in itertools.count())
+    steps = itertools.islice(itertools.chain.from_iterable(epochs), recipe.first_steps)
+    for rows in tqdm(steps, "first stage", recipe.first_steps, disable=not progress):
+        tokens, targets = to_device(batch_of(texts, rows), student.clip.logit_scale.device)
+        loss = text_distillation_loss(student.predict_teacher(student.encode_text(tokens)), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        lr = learning_rate(len(history), recipe.first_steps, recipe.first_lr, recipe.warmup)
+        norm = optimizer_step(student, optimizer, lr)
+        history.append(dict(lr=lr, gradient_norm=norm, distillation=loss.item()))
+        if not all(map(math.isfinite, history[-1].values())):
+            raise ValueError(f"step {len(history) - 1} of the first stage is not finite: "
+                             f"{history[-1]}; lower first_lr={recipe.first_lr}")
+    return history
+
+# %% ../nbs/06_training.ipynb #ab41ddb8
+#| echo: false
+def run_key(
+    recipe: Recipe,
+    material: Material,
+    train: Sequence[int] | np.ndarray,  # rows of the training split
+    only: Sequence[str] = (),  # the settings that count; none given: all
+) -> str:  # 16 hexadecimal digits
+    """Names a run by its recipe and by what of the material it reads, but for the pictures.
+
+    The pictures are left out, for another version of the drawing library may round a pixel
+    otherwise, and a table of results should still find its runs."""
+    read = [material.embeddings.astype(np.float16), np.asarray(train, np.int64)]
+    if recipe.first_steps: read.append(material.word_embeddings.astype(np.float16))
+    table = material.word_table
+    if recipe.word_table: read += [table.ids, table.vectors.astype(np.float16)]
+    settings = {k: v for k, v in dataclasses.asdict(recipe).items() if not only or k in only}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for array in read: digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_path(
+    folder: str | Path,  # where checkpoints are kept
+    recipe: Recipe,
+    material: Material,
+    train: Sequence[int] | np.ndarray,  # rows of the training split
+) -> Path:
+    "Where run_recipe keeps this run: the name changes with all that it reads, pictures included."
+    pictures = hashlib.sha256(np.ascontiguousarray(material.pairs.images).tobytes()).hexdigest()
+    return Path(folder) / f"run-{run_key(recipe, material, train)}-{pictures[:8]}.safetensors"
+
+# %% ../nbs/06_training.ipynb #3278731e
+#| echo: false
+_FIRST = ("student", "pretrained", "word_table", "normalise", "projection", "first_steps",
+          "first_batch", "first_lr", "weight_decay", "warmup", "seed")
+
+def cached_first_stage(
+    student: Student,
+    texts: Texts,
+    recipe: Recipe,  # as in first_stage
+    key: str,  # names all that the first stage reads
+    progress: bool = False,  # show a bar
+) -> list[dict]:  # what first_stage returned
+    """first_stage with a memory: what it does to the student is kept in the cache folder.
+
+    Many recipes share one first stage: the weights of the losses, the concepts and the epochs
+    come after it, so the key is run_key of the settings in _FIRST."""
+    path = cache_dir() / "first" / f"{key}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = {k: file.get_tensor(k) for k in file.keys()}
+            student.load_state_dict(kept, strict=False)
+            return json.loads(file.metadata()["history"])
+    except (FileNotFoundError, SafetensorError):
+        history = first_stage(student, texts, recipe, progress)
+    weights = student.state_dict().items()
+    state = {k: v.contiguous() for k, v in weights if not k.startswith("clip.visual")}
+    metadata = dict(history=json.dumps(history))
+    write_atomically(path, lambda part: save_file(state, part, metadata))
+    return history
 
 # %% ../nbs/06_training.ipynb #475502cf
 def _epoch_rows(captions: Sequence[str], recipe: Recipe, epoch: int) -> Iterator[np.ndarray]:
@@ -207,101 +341,12 @@ def epoch_batches(
     recipe: Recipe,
     epoch: int,  # from 0
 ) -> Iterator[Inputs]:
-    "The batches of one epoch: fixed by the recipe's seed and the epoch, so that a resumed run sees the same."
+    "The batches of one epoch: fixed by seed and epoch, so that a resumed run sees the same."
     for step, rows in enumerate(_epoch_rows(inputs.captions, recipe, epoch)):
         yield _draw_side(batch_of(inputs, rows), [recipe.seed, epoch, step, 1])
 
-# %% ../nbs/06_training.ipynb #240bc010
-def first_texts(
-    student: Student,
-    inputs: Inputs,  # of all pairs
-    material: Material,
-    train_rows: np.ndarray,  # rows of the training split: no other caption may be learnt from
-    recipe: Recipe,
-) -> Texts:  # the words, then the training captions
-    "What the first stage reads; the words are scaled as the training captions are."
-    scale = fit_scale([material.embeddings[train_rows]], recipe.normalise)
-    tokens = tokenize(student, material.words)
-    targets = torch.from_numpy(apply_scale(material.word_embeddings, scale))
-    return Texts(torch.cat([tokens, inputs.tokens[train_rows]]), torch.cat([targets, inputs.targets[train_rows]]))
-
-# %% ../nbs/06_training.ipynb #240bc008
-def text_batches(
-    tokens: torch.Tensor,  # (n, t) token ids
-    batch_size: int,  # captions a batch, at most
-    seed: int,
-    epoch: int,  # from 0
-) -> list[np.ndarray]:  # rows of each batch
-    "One epoch of captions alone: those of like length together, so that little is padded; fixed by seed and epoch."
-    random, lengths = np.random.default_rng([seed, epoch]), tokens.count_nonzero(1).numpy()
-    order = random.permutation(len(tokens))
-    order = order[np.argsort(lengths[order], kind="stable")]
-    batches = np.array_split(order, math.ceil(len(order) / batch_size))
-    return [batches[i] for i in random.permutation(len(batches))]
-
-# %% ../nbs/06_training.ipynb #240bc009
-def first_stage(
-    student: Student,  # its text tower and its map to the teacher are trained in place, where they are
-    texts: Texts,  # captions without images, and those of the training pairs
-    recipe: Recipe,
-    progress: bool = False,  # show a bar
-) -> list[dict]:  # one dict a step: lr, distillation, gradient_norm
-    "Distillation alone, before any image is seen; raises ValueError in a step that is not finite."
-    from tqdm.auto import tqdm
-    optimizer, history = make_optimizer(student.train(), recipe.first_lr, recipe.weight_decay), []
-    epochs = (text_batches(texts.tokens, recipe.first_batch, recipe.seed, epoch) for epoch in itertools.count())
-    steps = itertools.islice(itertools.chain.from_iterable(epochs), recipe.first_steps)
-    for rows in tqdm(steps, "first stage", recipe.first_steps, disable=not progress):
-        tokens, targets = to_device(batch_of(texts, rows), student.clip.logit_scale.device)
-        loss = text_distillation_loss(student.predict_teacher(student.encode_text(tokens)), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        lr = learning_rate(len(history), recipe.first_steps, recipe.first_lr, recipe.warmup)
-        history.append(dict(lr=lr, gradient_norm=optimizer_step(student, optimizer, lr), distillation=loss.item()))
-        if not all(map(math.isfinite, history[-1].values())):
-            raise ValueError(f"step {len(history) - 1} of the first stage is not finite: {history[-1]}; "
-                             f"lower first_lr={recipe.first_lr}")
-    return history
-
-# %% ../nbs/06_training.ipynb #ab41ddb8
-def run_key(
-    recipe: Recipe,
-    material: Material,
-    train: Sequence[int] | np.ndarray,  # rows of the training split
-    only: Sequence[str] = (),  # the settings that count; none given: all
-) -> str:  # 16 hexadecimal digits
-    "Names a run by its recipe and by what of the material it reads, but for the pictures."
-    read = [material.embeddings.astype(np.float16), np.asarray(train, np.int64)]
-    if recipe.first_steps: read.append(material.word_embeddings.astype(np.float16))
-    if recipe.word_table: read += [material.word_table.ids, material.word_table.vectors.astype(np.float16)]
-    settings = {k: v for k, v in dataclasses.asdict(recipe).items() if not only or k in only}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for array in read: digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
-# %% ../nbs/06_training.ipynb #3278731e
-_FIRST = ("student", "pretrained", "word_table", "normalise", "projection", "first_steps", "first_batch", "first_lr",
-          "weight_decay", "warmup", "seed")
-
-def cached_first_stage(
-    student: Student,
-    texts: Texts,
-    recipe: Recipe,  # as in first_stage
-    key: str,  # names all that the first stage reads
-    progress: bool = False,  # show a bar
-) -> list[dict]:  # what first_stage returned
-    "first_stage with a memory: what it does to the student is kept in the cache folder."
-    path = cache_dir() / "first" / f"{key}.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            student.load_state_dict({k: file.get_tensor(k) for k in file.keys()}, strict=False)
-            return json.loads(file.metadata()["history"])
-    except (FileNotFoundError, SafetensorError): history = first_stage(student, texts, recipe, progress)
-    state = {k: v.contiguous() for k, v in student.state_dict().items() if not k.startswith("clip.visual")}
-    write_atomically(path, lambda part: save_file(state, part, dict(history=json.dumps(history))))
-    return history
-
 # %% ../nbs/06_training.ipynb #257a7b43
+#| echo: false
 def save_checkpoint(
     path: str | Path,  # a .safetensors file
     student: Student,
@@ -310,84 +355,109 @@ def save_checkpoint(
     epoch: int,  # epochs finished
     history: list[dict],  # what train_step returned, step by step
 ) -> Path:
-    "All that a run needs to go on: weights, optimiser, random state as tensors; the rest as JSON. No pickle."
+    """All that a run needs to go on: weights, optimiser, random state as tensors; the rest as JSON.
+
+    No pickle, which may run any code when it is opened. The rate and the batches follow from the
+    recipe."""
     tensors = {f"student.{k}": v.contiguous() for k, v in student.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{k}": torch.as_tensor(v).contiguous() for k, v in state.items()}
+        for k, v in state.items():
+            tensors[f"optimizer.{number}.{k}"] = torch.as_tensor(v).contiguous()
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available(): tensors["random_cuda"] = torch.cuda.get_rng_state()
-    metadata = dict(recipe=json.dumps(dataclasses.asdict(recipe)), epoch=str(epoch), history=json.dumps(history))
-    return write_atomically(path, lambda part: save_file(tensors, part, dict(kind="kklip_nb checkpoint") | metadata))
+    metadata = dict(kind="kklip_nb checkpoint", recipe=json.dumps(dataclasses.asdict(recipe)),
+                    epoch=str(epoch), history=json.dumps(history))
+    return write_atomically(path, lambda part: save_file(tensors, part, metadata))
 
 # %% ../nbs/06_training.ipynb #69b6d14c
+#| echo: false
 def _read_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     if not Path(path).exists(): raise FileNotFoundError(f"no checkpoint at {path}; train first")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it and train again") from error
-    check_found(path, metadata, dict(kind="kklip_nb checkpoint"), "give the path of a checkpoint of this package")
+        raise ValueError(f"{path} is not a readable checkpoint ({error}); "
+                         "delete it and train again") from error
+    advice = "give the path of a checkpoint of this package"
+    check_found(path, metadata, dict(kind="kklip_nb checkpoint"), advice)
     return metadata, tensors
 
-# %% ../nbs/06_training.ipynb #b59ec49f
-def load_checkpoint(
-    path: str | Path,  # a file that save_checkpoint wrote
-    student: Student,  # its weights are overwritten, on the device where they are
-    optimizer: torch.optim.Optimizer | None,  # overwritten, and torch's random state; None: the weights alone
-    recipe: Recipe,  # must be the one the run was started with
-) -> tuple[int, list[dict]]:  # epochs finished, history
-    "Take up a run where it was left; raises FileNotFoundError, or ValueError for a corrupt file or another recipe."
-    metadata, tensors = _read_checkpoint(path)
-    advice = "it belongs to another recipe: go on with that one, or use another folder"
-    check_found(path, json.loads(metadata["recipe"]), dataclasses.asdict(recipe), advice)
-    student.load_state_dict({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")})
-    if optimizer is not None:
-        state: dict[int, dict] = {}
-        for kind, *place, value in ((*k.split("."), v) for k, v in tensors.items()):
-            if kind == "optimizer": state.setdefault(int(place[0]), {})[place[1]] = value
-        optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
-        torch.set_rng_state(tensors["random"])
-        if "random_cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["random_cuda"])
-    return int(metadata["epoch"]), json.loads(metadata["history"])
 
-# %% ../nbs/06_training.ipynb #5ea6c002
+def _weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    named = ((k.partition("."), v) for k, v in tensors.items())
+    return {name: v for (kind, _, name), v in named if kind == "student"}
+
+
 def load_student(
     path: str | Path,  # a file that save_checkpoint wrote
 ) -> Student:  # in evaluation mode, on the CPU
     "The student of a checkpoint, built as its recipe says; raises as load_checkpoint does."
     metadata, tensors = _read_checkpoint(path)
-    recipe = Recipe(**json.loads(metadata["recipe"]))
-    weights = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
-    teacher_dim = len(weights["to_teacher.2.bias" if recipe.projection == "mlp" else "to_teacher.bias"])
-    student = build_student(recipe.student, recipe.pretrained, teacher_dim, len(weights["image_concepts.bias"]),
-                            recipe.imagenet, recipe.train_image, recipe.seed, recipe.projection)
+    recipe, weights = Recipe(**json.loads(metadata["recipe"])), _weights(tensors)
+    last = "to_teacher.2.bias" if recipe.projection == "mlp" else "to_teacher.bias"
+    student = build_student(recipe.student, recipe.pretrained, len(weights[last]),
+                            len(weights["image_concepts.bias"]), recipe.imagenet,
+                            recipe.train_image, recipe.seed, recipe.projection)
     student.load_state_dict(weights)
     return student.eval()
+
+# %% ../nbs/06_training.ipynb #b59ec49f
+#| echo: false
+def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    "The optimiser's state and torch's random state, as saved."
+    state: dict[int, dict] = {}
+    for kind, *place, value in ((*k.split("."), v) for k, v in tensors.items()):
+        if kind == "optimizer": state.setdefault(int(place[0]), {})[place[1]] = value
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
+    torch.set_rng_state(tensors["random"])
+    if "random_cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random_cuda"])
+
+
+def load_checkpoint(
+    path: str | Path,  # a file that save_checkpoint wrote
+    student: Student,  # its weights are overwritten, on the device where they are
+    optimizer: torch.optim.Optimizer | None,  # overwritten, and torch's random state; None: neither
+    recipe: Recipe,  # must be the one the run was started with
+) -> tuple[int, list[dict]]:  # epochs finished, history
+    """Take up a run where it was left.
+
+    Raises FileNotFoundError, or ValueError for a corrupt file or another recipe."""
+    metadata, tensors = _read_checkpoint(path)
+    advice = "it belongs to another recipe: go on with that one, or use another folder"
+    check_found(path, json.loads(metadata["recipe"]), dataclasses.asdict(recipe), advice)
+    student.load_state_dict(_weights(tensors))
+    if optimizer is not None: _restore(optimizer, tensors)
+    return int(metadata["epoch"]), json.loads(metadata["history"])
 
 # %% ../nbs/06_training.ipynb #bd0814de
 def train(
     student: Student,
     inputs: Inputs,  # the training pairs
     recipe: Recipe,
-    checkpoint: str | Path | None = None,  # a .safetensors file, written after each epoch and resumed from
+    checkpoint: str | Path | None = None,  # a .safetensors file, written each epoch, resumed from
     progress: bool = False,  # show a bar
     device: torch.device | str | None = None,  # where to train; None: where the student is
-) -> list[dict]:  # one dict a step: epoch, lr, total, distillation, concept, contrastive, gradient_norm
-    "The whole loop; raises ValueError in a step that is not finite: the checkpoint is that of the epoch before."
+) -> list[dict]:  # one dict a step: epoch, lr, total, the three parts by name, gradient_norm
+    """The whole loop.
+
+    Raises ValueError in a step that is not finite: the checkpoint is that of the epoch before."""
     from tqdm.auto import tqdm
     optimizer = make_optimizer(student.to(device).train(), recipe.lr, recipe.weight_decay)
-    done, history = 0, []
-    if checkpoint and Path(checkpoint).exists(): done, history = load_checkpoint(checkpoint, student, optimizer, recipe)
-    steps = sum(1 for epoch in range(recipe.epochs) for _ in _epoch_rows(inputs.captions, recipe, epoch))
-    for epoch in tqdm(range(done, recipe.epochs), "epochs", recipe.epochs, initial=done, disable=not progress):
+    epochs, done, history = range(recipe.epochs), 0, []
+    if checkpoint and Path(checkpoint).exists():
+        done, history = load_checkpoint(checkpoint, student, optimizer, recipe)
+    steps = sum(1 for epoch in epochs for _ in _epoch_rows(inputs.captions, recipe, epoch))
+    for epoch in tqdm(epochs[done:], "epochs", len(epochs), initial=done, disable=not progress):
         for batch in epoch_batches(inputs, recipe, epoch):
-            step = len(history)
-            lr = learning_rate(step, steps, recipe.lr, recipe.warmup)
+            lr = learning_rate(len(history), steps, recipe.lr, recipe.warmup)
             losses = train_step(student, optimizer, batch, recipe, lr)
             if not all(map(math.isfinite, losses.values())):
-                raise ValueError(f"step {step} is not finite: {losses}; lower the learning rate (lr={recipe.lr}), "
-                                 f"or look for a broken row in its batch: {batch.captions[:3]} …")
+                raise ValueError(f"step {len(history)} is not finite: {losses}; lower the learning "
+                                 f"rate (lr={recipe.lr}), or look for a broken row in its batch: "
+                                 f"{batch.captions[:3]} …")
             history.append(dict(epoch=epoch, lr=lr, **losses))
         if checkpoint: save_checkpoint(checkpoint, student, optimizer, recipe, epoch + 1, history)
     return history
@@ -401,17 +471,6 @@ class Run(NamedTuple):
     image_features: torch.Tensor  # (n, d) of all pairs, not normalised
     text_features: torch.Tensor  # (n, d) of all pairs, not normalised
     concepts: Concepts  # of the training captions
-
-# %% ../nbs/06_training.ipynb #3278731c
-def checkpoint_path(
-    folder: str | Path,  # where checkpoints are kept
-    recipe: Recipe,
-    material: Material,
-    train: Sequence[int] | np.ndarray,  # rows of the training split
-) -> Path:
-    "Where run_recipe keeps this run: the name changes with everything that the run reads."
-    pictures = hashlib.sha256(np.ascontiguousarray(material.pairs.images).tobytes()).hexdigest()
-    return Path(folder) / f"run-{run_key(recipe, material, train)}-{pictures[:8]}.safetensors"
 
 # %% ../nbs/06_training.ipynb #369fcafb
 def run_recipe(
@@ -427,10 +486,12 @@ def run_recipe(
     student = build_student(recipe.student, recipe.pretrained, targets.shape[1], recipe.k,
                             recipe.imagenet, recipe.train_image, recipe.seed, recipe.projection)
     if recipe.word_table: start_from_words(student, material.word_table)
-    inputs, first = prepare_inputs(student.to(device), material.pairs, targets, labels, progress), []
+    inputs = prepare_inputs(student.to(device), material.pairs, targets, labels, progress)
+    first = []
     if recipe.first_steps:
         texts = first_texts(student, inputs, material, train_rows, recipe)
-        first = cached_first_stage(student, texts, recipe, run_key(recipe, material, train_rows, _FIRST), progress)
+        key = run_key(recipe, material, train_rows, _FIRST)
+        first = cached_first_stage(student, texts, recipe, key, progress)
     checkpoint = folder and checkpoint_path(folder, recipe, material, train_rows)
     history = train(student, batch_of(inputs, train_rows), recipe, checkpoint, progress)
     image_features, text_features = encode_all(student, inputs.images, inputs.tokens)

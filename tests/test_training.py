@@ -316,6 +316,20 @@ def test_the_first_stage_is_a_naive_loop_over_distillation_alone():
     assert moved and not any("visual" in n or "concepts" in n or "logit_scale" in n for n in moved), "the text side and its map alone"
 
 
+def test_the_first_stage_hears_nothing_of_held_out_captions():
+    "Spoil all embeddings that are not of the training split: what the first stage reads does not move."
+    pairs, rng, rows = few_pairs(), np.random.default_rng(0), np.arange(4)
+    table = WordTable(np.arange(300, 400), rng.normal(size=(100, 128)).astype(np.float32))
+    embeddings, word_embeddings = rng.normal(size=(6, 8)).astype(np.float32), rng.normal(size=(2, 8)).astype(np.float32)
+    student, texts = build_student(teacher_dim=8, n_concepts=2, imagenet=False), []
+    for spoiled in (embeddings, embeddings + 5 * ~np.isin(np.arange(6), rows)[:, None]):
+        material = training.Material(pairs, spoiled, ["house", "green"], word_embeddings, table)
+        targets, _, labels = training.make_targets(spoiled, rows, dataclasses.replace(TINY, k=2))
+        inputs = prepare_inputs(student, pairs, targets, labels)
+        texts.append(training.first_texts(student, inputs, material, rows, TINY))
+    assert len(texts[0].tokens) == 6 and all(a.equal(b) for a, b in zip(*texts))
+
+
 def test_a_first_stage_that_diverges_is_refused():
     recipe = dataclasses.replace(TINY, first_steps=9, first_batch=8, first_lr=1e30)
     with pytest.raises(ValueError, match="first stage is not finite.*first_lr"): training.first_stage(tiny_student(), Texts(*tiny_inputs()[2:4]), recipe)
