@@ -213,9 +213,10 @@ def place_names(
     show: Sequence[int],  # concepts to name
     ax: Axes,  # on which the map has been drawn
 ) -> list[plt.Annotation]:
-    "Write each name beside the middle of its concept, none over another and none over the edge."
+    "Write each name near the middle of its concept, over no other name, no mark and not the edge."
     points, labels, placed = _array(points), _array(labels), []
     ax.figure.draw_without_rendering()  # a layout moves the axes
+    marks = ax.transData.transform(points[np.isin(labels, show)])
     look = dict(textcoords="offset points", ha="center", va="center", fontsize=8, parse_math=False)
     for c in map(int, show):
         mine = points[labels == c]
@@ -225,7 +226,7 @@ def place_names(
         line = dict(arrowstyle="-", lw=0.8, shrinkA=0)
         text = ax.annotate(names[c], middle, (0, 0), bbox=frame, arrowprops=line, **look)
         text.set_in_layout(False)
-        _settle(text, placed)
+        _settle(text, placed, marks)
         placed.append(text)
     return placed
 
@@ -234,27 +235,29 @@ _ANGLES = np.arange(12) * np.pi / 6
 _TURNS = [(r * np.cos(a), r * np.sin(a)) for r in range(14, 240, 10) for a in _ANGLES]
 
 def _box(text: plt.Annotation) -> Any:
-    "The rectangle that a text takes on the screen, with its frame."
+    "The rectangle that a text takes on the screen, its frame included and its line left out."
     renderer = text.figure.canvas.get_renderer()
     text.update_positions(renderer)
-    return text.get_bbox_patch().get_window_extent(renderer)
+    return plt.Text.get_window_extent(text, renderer).padded(5)
 
-def _settle(text: plt.Annotation, placed: Sequence[plt.Annotation]) -> None:
-    "Move a text to the first place that lies within its axes and covers no other text."
+def _settle(text: plt.Annotation, placed: Sequence[plt.Annotation], marks: np.ndarray) -> None:
+    "Move a text to the first place within its axes that covers no text, and no mark where it can."
     edge, others = text.axes.get_window_extent(), [_box(other) for other in placed]
-    for text.xyann in _TURNS:
+    for text.xyann, most in [(turn, most) for most in (0, len(marks)) for turn in _TURNS]:
         mine = _box(text)
         inside = edge.contains(mine.x0, mine.y0) and edge.contains(mine.x1, mine.y1)
-        if inside and not any(mine.overlaps(other) for other in others): return
+        covered = ((mine.min < marks) & (marks < mine.max)).all(1).sum()
+        if inside and covered <= most and not any(mine.overlaps(other) for other in others): return
 
 # %% ../nbs/08_visualization.ipynb #click-02
 #| echo: false
 _STYLE = """<style>
 .kklip-map {position: relative; width: 800px; height: 640px; background: white; color: black}
 .kklip-map input {appearance: none; position: absolute; cursor: pointer; border: 0}
-.kklip-map .dot {width: 8px; height: 8px; margin: -4px; background: #777; border-radius: 4px}
-.kklip-map .pic {width: 30px; height: 30px; margin: -15px; background: center/contain no-repeat}
-.kklip-map input:checked {outline: 3px solid black}
+.kklip-map .dot {width: 7px; height: 7px; margin: -3px; background: #888; border-radius: 4px}
+.kklip-map .pic {width: 30px; height: 30px; margin: -15px; z-index: 1}
+.kklip-map .pic {background: center/contain no-repeat}
+.kklip-map input:checked {outline-width: 3px !important}
 .kklip-map .card {display: none; position: absolute; top: 510px; font: 12px sans-serif}
 .kklip-map figure {display: inline-block; width: 92px; margin: 6px 2px; text-align: center}
 .kklip-map figure {vertical-align: top}
@@ -292,6 +295,7 @@ def click_map(
         figures = "".join(f'<figure><img src="{uri}">{word}</figure>' for uri, word in shown)
         parts.append(f'<div class="card c{c}"><b>{html.escape(name)}</b><br>{figures}</div>')
         rules.append(f".kklip-map input.c{c}:checked ~ .card.c{c} {{display: block}}")
+        rules.append(f".kklip-map:has(.c{c}:checked) input.c{c} {{outline: 1px solid black}}")
     style = _STYLE + "\n".join(rules)
     return f'{style}</style><div class="kklip-map">{"".join(parts)}</div>'
 
