@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'hits_at_k', 'first_place', 'retrieval_recall', 'median_rank', 'class_features', 'zero_shot_hits',
-           'knn_hits', 'alignment', 'uniformity', 'bootstrap_interval', 'seed_interval', 'item_scores', 'evaluate',
-           'chance_levels', 'words_seen', 'seed_table']
+           'knn_hits', 'alignment', 'uniformity', 'item_scores', 'evaluate', 'chance_levels', 'bootstrap_interval',
+           'seed_interval', 'seed_table', 'words_seen']
 
 # %% ../nbs/07_evaluation.ipynb #329c81e2
 import math
@@ -36,14 +36,16 @@ def _hit_chance(places: int, ties: int, good: int) -> float:
 
 # %% ../nbs/07_evaluation.ipynb #82fc207c
 def _ties(similarities: Any, right: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "For each query: candidates above its best right answer, those as good, and the right ones among these."
+    "For each query: candidates above its best right answer, as good as it, and right among these."
     scores, right = finite_matrix("similarities", similarities), np.asarray(right, bool)
     if scores.shape != right.shape or not right.any(1).all():
-        raise ValueError(f"similarities {scores.shape} and right {right.shape} need one shape and a right answer a row")
+        raise ValueError(f"similarities {scores.shape} and right {right.shape}; "
+                         "expected one shape, and a right answer in each row")
     best = np.where(right, scores, -np.inf).max(1, keepdims=True)
     tied = scores == best
     return (scores > best).sum(1), tied.sum(1), (tied & right).sum(1)
 
+# %% ../nbs/07_evaluation.ipynb #5ev00041
 def hits_at_k(
     similarities: np.ndarray,  # (n, m) of n queries with m candidates
     right: np.ndarray,  # (n, m) booleans: the right answers of each query, at least one
@@ -64,13 +66,15 @@ def first_place(
 
 # %% ../nbs/07_evaluation.ipynb #3064aaab
 def _unit_pairs(image_features: Any, text_features: Any) -> tuple[np.ndarray, np.ndarray]:
-    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
+    images = _unit_rows("image_features", image_features)
+    texts = _unit_rows("text_features", text_features)
     if images.shape != texts.shape:
-        raise ValueError(f"image_features {images.shape}, text_features {texts.shape}; expected the same shape")
+        raise ValueError(f"image_features {images.shape}, text_features {texts.shape}; "
+                         "expected one shape")
     return images, texts
 
 def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
-    "(n, n) cosines of images with texts; rounded, so that equal features tie whatever the order of summation."
+    "(n, n) cosines of images with texts; rounded, so that equal features tie."
     images, texts = _unit_pairs(image_features, text_features)
     return np.round(images @ texts.T, 10)
 
@@ -78,9 +82,16 @@ def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
 def _right_answers(n: int, text_ids: Sequence | None) -> np.ndarray:
     "(n, n) booleans: is text j a right answer to image i?"
     if text_ids is None: return np.eye(n, dtype=bool)
-    if len(text_ids) != n: raise ValueError(f"{len(text_ids)} text_ids for {n} pairs; expected one a pair")
+    if len(text_ids) != n:
+        raise ValueError(f"{len(text_ids)} text_ids for {n} pairs; expected one a pair")
     ids = np.asarray([str(i) for i in text_ids])
     return ids[:, None] == ids
+
+def _both_ways(image_features: Any, text_features: Any, text_ids: Sequence | None = None) -> dict:
+    "Similarities and right answers: of images that look for texts, of texts that look for images."
+    similarities = _similarities(image_features, text_features)
+    right = _right_answers(len(similarities), text_ids)
+    return {"i2t": (similarities, right), "t2i": (similarities.T, right.T)}
 
 # %% ../nbs/07_evaluation.ipynb #ff7967fb
 def retrieval_recall(
@@ -89,12 +100,12 @@ def retrieval_recall(
     ks: Sequence[int] = (1, 5, 10),  # how many candidates are looked at
     text_ids: Sequence | None = None,  # n ids: rows with equal ids are right answers for each other
 ) -> dict[str, float]:  # i2t_r1, t2i_r1, …
-    "Share of queries that find a right answer among the k most similar; a tie counts its expected value."
-    if any(int(k) != k or k < 1 for k in ks): raise ValueError(f"ks={tuple(ks)}; expected whole numbers of at least 1")
-    similarities = _similarities(image_features, text_features)
-    right = _right_answers(len(similarities), text_ids)
-    return {f"{way}_r{k}": float(hits_at_k(s, r, min(k, len(s))).mean())
-            for way, s, r in (("i2t", similarities, right), ("t2i", similarities.T, right.T)) for k in ks}
+    "Share of queries with a right answer among the k most similar; a tie counts its expectation."
+    if any(int(k) != k or k < 1 for k in ks):
+        raise ValueError(f"ks={tuple(ks)}; expected whole numbers of at least 1")
+    ways = _both_ways(image_features, text_features, text_ids).items()
+    return {f"{way}_r{k}": float(hits_at_k(s, right, min(k, len(s))).mean())
+            for way, (s, right) in ways for k in ks}
 
 # %% ../nbs/07_evaluation.ipynb #6e77a33b
 def median_rank(
@@ -103,10 +114,9 @@ def median_rank(
     text_ids: Sequence | None = None,  # as in retrieval_recall
 ) -> dict[str, float]:  # i2t_median_rank, t2i_median_rank; 1 is best
     "Median place of the first right answer; a tie counts its expected place."
-    similarities = _similarities(image_features, text_features)
-    right = _right_answers(len(similarities), text_ids)
-    return {f"{way}_median_rank": float(np.median(first_place(s, r)))
-            for way, s, r in (("i2t", similarities, right), ("t2i", similarities.T, right.T))}
+    ways = _both_ways(image_features, text_features, text_ids).items()
+    return {f"{way}_median_rank": float(np.median(first_place(s, right)))
+            for way, (s, right) in ways}
 
 # %% ../nbs/07_evaluation.ipynb #0ad42524
 TEMPLATES = ("{}", "a drawing of {}", "an emoji of {}", "a picture of {}")
@@ -117,7 +127,8 @@ def class_features(
     templates: Sequence[str] = TEMPLATES,  # the class name stands for {}
 ) -> np.ndarray:  # (classes, d) rows of length one
     "CLIP's classifier without training: the mean text feature of each class over several prompts."
-    per_template = [_unit_rows("text features", encode([t.format(c) for c in classes])) for t in templates]
+    prompts = ([t.format(c) for c in classes] for t in templates)
+    per_template = [_unit_rows("text features", encode(p)) for p in prompts]
     return _unit_rows("class features", np.mean(per_template, axis=0))
 
 # %% ../nbs/07_evaluation.ipynb #cf1cb663
@@ -126,13 +137,17 @@ def zero_shot_hits(
     text_classifier: np.ndarray,  # (classes, d) from class_features
     classes: Sequence[str],  # class names, in the order of text_classifier
     truth: Sequence[str],  # n true class names, all of them among the classes
-) -> np.ndarray:  # (n,) 1.0 where the most similar class is the true one, 0.0 where not, between them for a tie
-    "Which images are classified rightly with nothing but class names; a tie counts its expected value."
-    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_classifier", text_classifier)
-    n, wanted = len(images), (len(classes), images.shape[1])
-    if len(truth) != n: raise ValueError(f"{len(truth)} true classes for {n} images; expected one each")
-    if texts.shape != wanted: raise ValueError(f"text_classifier has shape {texts.shape}; expected {wanted}")
-    return hits_at_k(np.round(images @ texts.T, 10), np.asarray(truth)[:, None] == np.asarray(classes), 1)
+) -> np.ndarray:  # (n,) 1.0 where the most similar class is the true one, else 0.0; a tie between
+    "Which images are classified rightly by class names alone; a tie counts its expectation."
+    images = _unit_rows("image_features", image_features)
+    texts = _unit_rows("text_classifier", text_classifier)
+    wanted = len(classes), images.shape[1]
+    if len(truth) != len(images):
+        raise ValueError(f"{len(truth)} true classes for {len(images)} images; expected one each")
+    if texts.shape != wanted:
+        raise ValueError(f"text_classifier has shape {texts.shape}; expected {wanted}")
+    right = np.asarray(truth)[:, None] == np.asarray(classes)
+    return hits_at_k(np.round(images @ texts.T, 10), right, 1)
 
 # %% ../nbs/07_evaluation.ipynb #cd5f68aa
 def knn_hits(
@@ -142,12 +157,15 @@ def knn_hits(
     classes: Sequence[str],  # n true classes
     neighbours: int = 5,  # how many vote
 ) -> np.ndarray:  # (n,) 1.0 where the vote is right
-    "How good one encoder alone is: classify by the most similar training rows, weighted by one over cosine distance."
+    "How good one encoder alone is: the nearest training rows vote, each by 1 / cosine distance."
     train, test = _unit_rows("train_features", train_features), _unit_rows("features", features)
     for rows, names in ((train, train_classes), (test, classes)):
-        if len(rows) != len(names): raise ValueError(f"{len(names)} classes for {len(rows)} rows; expected one each")
-    knn = KNeighborsClassifier(min(neighbours, len(train)), metric="cosine", algorithm="brute", weights="distance")
-    return (knn.fit(train, np.asarray(train_classes)).predict(test) == np.asarray(classes)).astype(float)
+        if len(rows) != len(names):
+            raise ValueError(f"{len(names)} classes for {len(rows)} rows; expected one each")
+    how = dict(metric="cosine", algorithm="brute", weights="distance")
+    knn = KNeighborsClassifier(min(neighbours, len(train)), **how)
+    knn.fit(train, np.asarray(train_classes))
+    return (knn.predict(test) == np.asarray(classes)).astype(float)
 
 # %% ../nbs/07_evaluation.ipynb #ac6744c8
 def alignment(
@@ -163,42 +181,11 @@ def uniformity(
     features: np.ndarray | torch.Tensor,  # (n, d) of n ≥ 2 rows
     t: float = 2.0,  # sharpness
 ) -> float:  # 0 (all in one point) down to about -2t (spread over the sphere)
-    r"Log of the mean of $e^{-t\lVert x-y\rVert^2}$ over pairs of different rows (Wang and Isola 2020)."
+    r"Log of the mean of $e^{-t\lVert x-y\rVert^2}$ over pairs of rows (Wang and Isola 2020)."
     x = _unit_rows("features", features)
     if len(x) < 2: raise ValueError("uniformity of one row is not defined; give at least 2")
     squared = np.maximum(2 - 2 * (x @ x.T)[np.triu_indices(len(x), 1)], 0)
     return float(np.log(np.exp(-t * squared).mean()))
-
-# %% ../nbs/07_evaluation.ipynb #7c73ca67
-def _finite_numbers(values: Any) -> np.ndarray:
-    "(n,) float64, from numbers, booleans or a tensor."
-    x = np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, float)
-    if x.ndim != 1 or not x.size: raise ValueError(f"values have shape {x.shape}; expected (n,), n not 0")
-    return finite_matrix("values", x[None])[0]
-
-def bootstrap_interval(
-    values: Sequence[float],  # one number a test item, such as 0 or 1 for a hit
-    groups: Sequence | None = None,  # items of one group are drawn together, such as a base concept
-    seed: int = 0,  # of the resampling
-    draws: int = 2000,  # resamples
-) -> tuple[float, float]:  # 95 % interval of the mean
-    "What the mean could have been with other test items: resamples items, or whole groups of them."
-    values = _finite_numbers(values)
-    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
-    if len(groups) != len(values): raise ValueError(f"{len(groups)} groups for {len(values)} values; expected one each")
-    _, group = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(group, values), np.bincount(group)
-    picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
-    return tuple(np.percentile(sums[picks].sum(1) / counts[picks].sum(1), [2.5, 97.5]).tolist())
-
-# %% ../nbs/07_evaluation.ipynb #4df76a17
-def seed_interval(
-    values: Sequence[float],  # one number a seed, or one paired difference a seed; at least 2
-) -> tuple[float, float]:  # mean, half width of the 95 % interval
-    "Mean over seeds with Student's t interval: what other seeds could have given."
-    if len(values) < 2: raise ValueError(f"{len(values)} seed gives no interval; run at least 2")
-    values = _finite_numbers(values)
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 # %% ../nbs/07_evaluation.ipynb #7b0c91e4
 def item_scores(
@@ -208,13 +195,14 @@ def item_scores(
     classes: Sequence[str | None],  # n classes; a pair without one is left out of classification
     train: np.ndarray,  # rows that the neighbours come from
     test: np.ndarray,  # rows that are scored
-) -> dict[str, np.ndarray]:  # one number a test row; zero_shot, knn_image, knn_text: one a test row with a class
-    "Hits and ranks of one student on one part of the split, item by item, as an interval needs them."
-    images, texts = _unit_rows("image_features", image_features), _unit_rows("text_features", text_features)
-    similarities, right = _similarities(images[test], texts[test]), np.eye(len(test), dtype=bool)
-    ways = ("i2t", similarities), ("t2i", similarities.T)
-    items = {f"{way}_r{k}": hits_at_k(s, right, min(k, len(s))) for way, s in ways for k in (1, 5, 10)}
-    items |= {f"{way}_median_rank": first_place(s, right) for way, s in ways}
+) -> dict[str, np.ndarray]:  # one number a test row; zero_shot, knn_*: one a row with a class
+    "Hits and ranks of one student on one part of the split, item by item."
+    images = _unit_rows("image_features", image_features)
+    texts = _unit_rows("text_features", text_features)
+    ways = _both_ways(images[test], texts[test]).items()
+    items = {f"{way}_r{k}": hits_at_k(s, right, min(k, len(s)))
+             for way, (s, right) in ways for k in (1, 5, 10)}
+    items |= {f"{way}_median_rank": first_place(s, right) for way, (s, right) in ways}
     train, known = ([i for i in rows if classes[i] is not None] for rows in (train, test))
     names, truth = sorted({c for c in classes if c is not None}), [classes[i] for i in known]
     items["zero_shot"] = zero_shot_hits(images[known], class_features(encode, names), names, truth)
@@ -230,41 +218,67 @@ def evaluate(
     items = item_scores(image_features, text_features, encode, classes, train, test)
     scores = {k: np.median(v) if k.endswith("median_rank") else v.mean() for k, v in items.items()}
     images, texts = (x[test] for x in _unit_pairs(image_features, text_features))
-    scores |= dict(uniformity_image=uniformity(images), uniformity_text=uniformity(texts), alignment=alignment(images, texts))
+    scores |= dict(uniformity_image=uniformity(images), uniformity_text=uniformity(texts))
+    scores["alignment"] = alignment(images, texts)
     return {k: float(v) for k, v in scores.items()}
 
 # %% ../nbs/07_evaluation.ipynb #36d46725
 def chance_levels(
     classes: Sequence[str | None],  # n classes of all pairs
     test: np.ndarray,  # rows that are scored
-    train: np.ndarray | None = None,  # rows that the neighbours come from; without them, no level for neighbours
+    train: np.ndarray | None = None,  # rows that the neighbours come from; if None, no level
 ) -> dict[str, float]:
-    "What guessing gives on the same rows: any order for retrieval, any class name, any training row's class."
+    "What guessing gives on the same rows: any order, any class name, any training row's class."
     n, names = len(test), {c for c in classes if c is not None}
     levels = {f"{way}_r{k}": min(1.0, k / n) for way in ("i2t", "t2i") for k in (1, 5, 10)}
     levels |= {f"{way}_median_rank": (n + 1) / 2 for way in ("i2t", "t2i")}
     levels["zero_shot"] = 1 / len(names)
     if train is None: return levels
-    voters, scored = (np.array([classes[i] for i in rows if classes[i] is not None]) for rows in (train, test))
-    return levels | dict.fromkeys(("knn_image", "knn_text"), float((voters[:, None] == scored).mean()))
+    voters, scored = ([classes[i] for i in x if classes[i] is not None] for x in (train, test))
+    share = float((np.array(voters)[:, None] == np.array(scored)).mean())
+    return levels | dict.fromkeys(("knn_image", "knn_text"), share)
 
-# %% ../nbs/07_evaluation.ipynb #7b0c92e5
-def words_seen(
-    captions: Sequence[str],  # n captions
-    known: Sequence[str],  # the captions that were trained on
-) -> np.ndarray:  # (n,) 'none', 'some' or 'all'
-    "How many of a caption's words stand in any of the known captions; letter case does not count."
-    def words(text): return set(re.findall(r"\w+", fold_caption(text)))
-    seen = set().union(*map(words, known))
-    share = [len(words(c) & seen) / max(1, len(words(c))) for c in captions]
-    return np.array(["none" if s == 0 else "all" if s == 1 else "some" for s in share])
+# %% ../nbs/07_evaluation.ipynb #7c73ca67
+def _finite_numbers(values: Any) -> np.ndarray:
+    "(n,) float64, from numbers, booleans or a tensor."
+    if isinstance(values, torch.Tensor): values = values.detach().cpu().double()
+    x = np.asarray(values, float)
+    if x.ndim != 1 or not x.size:
+        raise ValueError(f"values have shape {x.shape}; expected (n,), n not 0")
+    return finite_matrix("values", x[None])[0]
+
+# %% ../nbs/07_evaluation.ipynb #5ev00042
+def bootstrap_interval(
+    values: Sequence[float],  # one number a test item, such as 0 or 1 for a hit
+    groups: Sequence | None = None,  # items of one group are drawn together, such as a base concept
+    seed: int = 0,  # of the resampling
+    draws: int = 2000,  # resamples
+) -> tuple[float, float]:  # 95 % interval of the mean
+    "What the mean could have been with other test items: resamples items, or whole groups of them."
+    values = _finite_numbers(values)
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    if len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} values; expected one each")
+    _, group = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(group, values), np.bincount(group)
+    picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
+    return tuple(np.percentile(sums[picks].sum(1) / counts[picks].sum(1), [2.5, 97.5]).tolist())
+
+# %% ../nbs/07_evaluation.ipynb #4df76a17
+def seed_interval(
+    values: Sequence[float],  # one number a seed, or one paired difference a seed; at least 2
+) -> tuple[float, float]:  # mean, half width of the 95 % interval
+    "Mean over seeds with Student's t interval: what other seeds could have given."
+    if len(values) < 2: raise ValueError(f"{len(values)} seed gives no interval; run at least 2")
+    values = _finite_numbers(values)
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 # %% ../nbs/07_evaluation.ipynb #7b0c91fc
 def seed_table(
     runs: Sequence[Mapping[str, str]],  # the lines of results/study.csv
     columns: Mapping[str, str],  # column of the file → its name in the table
 ) -> str:  # Markdown; a column that the file has not for both is left out
-    "CLIP and KKLIP on OpenMoji: mean ± half width over seeds, and the paired difference, in points."
+    "CLIP and KKLIP on OpenMoji: mean ± half width over seeds, and the paired difference in points."
     lines = []
     for column, name in columns.items():
         values = {(r["row"], r["seed"]): float(r[column]) * (1 if "rank" in column else 100)
@@ -277,3 +291,14 @@ def seed_table(
         lines.append(f"| {name} | {cells} | {len(seeds)} |")
     head = ["| | CLIP | KKLIP | KKLIP − CLIP | seeds |", "|---|---|---|---|---|"]
     return "\n".join(head + lines) if lines else ""
+
+# %% ../nbs/07_evaluation.ipynb #7b0c92e5
+def words_seen(
+    captions: Sequence[str],  # n captions
+    known: Sequence[str],  # the captions that were trained on
+) -> np.ndarray:  # (n,) 'none', 'some' or 'all'
+    "How many of a caption's words stand in any of the known captions; letter case does not count."
+    def words(text): return set(re.findall(r"\w+", fold_caption(text)))
+    seen = set().union(*map(words, known))
+    share = [len(words(c) & seen) / max(1, len(words(c))) for c in captions]
+    return np.array(["none" if s == 0 else "all" if s == 1 else "some" for s in share])

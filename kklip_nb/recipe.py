@@ -11,12 +11,14 @@ import math
 from typing import Any
 
 # %% ../nbs/05_recipe.ipynb #ac0dd32d
-def _setting(value: Any, paper: str, reason: str, **allowed: Any) -> Any:
-    "A field of the recipe: our value, what the paper says, why we choose ours, and which values are possible."
-    return dataclasses.field(default=value, metadata=dict(paper=paper, reason=reason, allowed=allowed))
+def _setting(value: Any, reason: str, paper: str = "not said", **allowed: Any) -> Any:
+    "A field of the recipe: our value, our reason, the paper's value, and the possible ones."
+    metadata = dict(paper=paper, reason=reason, allowed=allowed)
+    return dataclasses.field(default=value, metadata=metadata)
 
 
-def _possible(value: Any, at_least: float = -math.inf, above: float = -math.inf, one_of: tuple = (), holding: str = ""):
+def _possible(value: Any, at_least: float = -math.inf, above: float = -math.inf, one_of: tuple = (),
+              holding: str = "") -> bool:
     if isinstance(value, str): return holding in value and (not one_of or value in one_of)
     return value is None or (at_least <= value < math.inf and value > above)
 
@@ -25,9 +27,11 @@ def _check_settings(recipe: Any) -> None:
     for f in dataclasses.fields(recipe):
         value, allowed = getattr(recipe, f.name), f.metadata["allowed"]
         kind = f.type | int if f.type is float else f.type
-        if not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool) and _possible(value, **allowed)):
-            expected = "".join(f", {how.replace('_', ' ')} {limit}" for how, limit in allowed.items())
-            raise ValueError(f"{f.name}={value!r}; expected {getattr(f.type, '__name__', f.type)}{expected}")
+        of_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not (of_kind and _possible(value, **allowed)):
+            limits = "".join(f", {how.replace('_', ' ')} {limit}" for how, limit in allowed.items())
+            kind = getattr(f.type, "__name__", f.type)
+            raise ValueError(f"{f.name}={value!r}; expected {kind}{limits}")
 
 
 class _Checked:
@@ -38,45 +42,47 @@ class _Checked:
 @dataclasses.dataclass(frozen=True)
 class Recipe(_Checked):
     "Every setting of a run in one place; raises ValueError for a value that no run could use."
-    student: str = _setting("kklip-laptop", "not said", "small enough for the CPU of a laptop")
-    pretrained: str | None = _setting(None, "not said", "a pretrained CLIP has to be downloaded; we run offline")
-    imagenet: bool = _setting(True, "not said", "a thousand pictures are too few to teach an image trunk from nothing")
-    train_image: str = _setting("head", "not said", "a frozen trunk is run only once", one_of=("head", "last", "all"))
-    teacher: str = _setting("smollm2", "Llama 2", "Llama's architecture with 135 M parameters, open, from a package")
-    pooling: str = _setting("last", "not said", "chosen on validation: the teacher notebook", one_of=("last", "mean"))
-    layer: int = _setting(29, "not said", "chosen on validation: the teacher notebook")
-    prompt: str = _setting('This image shows: "{}" in one word: "', "not said", "chosen like the layer", holding="{}")
-    k: int = _setting(48, "not said", "see the concepts notebook", at_least=1)
-    normalise: str = _setting("unit", "not said", "else the mean rules; 'raw' is an ablation", one_of=("unit", "raw"))
-    projection: str = _setting("linear", "not said", "the simplest; 'mlp' is in the ablation", one_of=("linear", "mlp"))
-    concept_on: str = _setting("both", "not said", "so each tower learns", one_of=("both", "image", "text", "concat"))
-    temperature: float = _setting(0.1, "not said", "neither hard nor uniform labels", above=0)
-    alpha: float = _setting(2.0, "1", "weight of distillation; tried on validation: the choices notebook", at_least=0)
-    beta: float = _setting(1.0, "0.01", "weight of concept learning: as much as the contrastive loss", at_least=0)
-    gamma: float = _setting(1.0, "1", "weight of the contrastive loss; the others are measured against it", at_least=0)
-    word_table: bool = _setting(True, "not said", "start the tokens from the teacher's own word vectors")
-    words: int = _setting(10_000, "none mentioned", "captions without images: pairs alone hold too few", at_least=0)
-    first_steps: int = _setting(1000, "none mentioned", "distillation alone, before the pairs: ours, not the paper's", at_least=0)
-    first_batch: int = _setting(512, "none mentioned", "captions a step in the first stage", at_least=1)
-    first_lr: float = _setting(2e-3, "none mentioned", "peak learning rate of the first stage", above=0)
-    epochs: int = _setting(40, "100", "a run shall take about a minute on a laptop", at_least=1)
-    batch_size: int = _setting(256, "not said", "many negatives, yet several steps an epoch", at_least=2)
-    lr: float = _setting(1e-3, "5e-5", "small towers bear larger steps", above=0)
-    weight_decay: float = _setting(0.1, "not said", "a usual value; not on biases, norms and logit_scale", at_least=0)
-    warmup: int = _setting(20, "not said", "steps; AdamW knows little about the gradients at first", at_least=0)
-    seed: int = _setting(0, "not said", "of weights, concepts, order of the pairs and draw of the words", at_least=0)
+    student: str = _setting("kklip-laptop", "small enough for the CPU of a laptop")
+    pretrained: str | None = _setting(None, "we run offline; a pretrained CLIP is a download")
+    imagenet: bool = _setting(True, "a thousand pictures cannot teach an image trunk to see")
+    train_image: str = _setting("head", "a frozen trunk runs once", one_of=("head", "last", "all"))
+    teacher: str = _setting("smollm2", "Llama's architecture, small, open, a package", "Llama 2")
+    pooling: str = _setting("last", "chosen on validation", one_of=("last", "mean"))
+    layer: int = _setting(29, "chosen on validation: the teacher notebook")
+    prompt: str = _setting('This image shows: "{}" in one word: "', "as the layer", holding="{}")
+    k: int = _setting(48, "see the concepts notebook", at_least=1)
+    normalise: str = _setting("unit", "else the mean rules", one_of=("unit", "raw"))
+    projection: str = _setting("linear", "the simplest that fits", one_of=("linear", "mlp"))
+    concept_on: str = _setting("both", "both learn it", one_of=("both", "image", "text", "concat"))
+    temperature: float = _setting(0.1, "of soft labels: neither hard nor uniform", above=0)
+    alpha: float = _setting(2.0, "distillation: tried on validation, see below", "1", at_least=0)
+    beta: float = _setting(1.0, "concepts: as much as the contrastive loss", "0.01", at_least=0)
+    gamma: float = _setting(1.0, "contrastive loss: the measure of the others", "1", at_least=0)
+    word_table: bool = _setting(True, "the tokens start from the teacher's own word vectors")
+    words: int = _setting(10_000, "captions without images: pairs alone hold too few", at_least=0)
+    first_steps: int = _setting(1000, "of distillation alone, before the pairs", at_least=0)
+    first_batch: int = _setting(512, "captions a step in the first stage", at_least=1)
+    first_lr: float = _setting(2e-3, "peak learning rate of the first stage", above=0)
+    epochs: int = _setting(40, "a run shall take about a minute on a laptop", "100", at_least=1)
+    batch_size: int = _setting(256, "many negatives, yet several steps an epoch", at_least=2)
+    lr: float = _setting(1e-3, "small towers bear larger steps", "5e-5", above=0)
+    weight_decay: float = _setting(0.1, "usual; not on biases, norms and logit_scale", at_least=0)
+    warmup: int = _setting(20, "steps; AdamW knows little about the gradients at first", at_least=0)
+    seed: int = _setting(0, "of weights, concepts, order of pairs, draw of words", at_least=0)
 
 # %% ../nbs/05_recipe.ipynb #311f0e36
 LAPTOP = Recipe()
 CLIP = dataclasses.replace(LAPTOP, alpha=0.0, beta=0.0, word_table=False, first_steps=0)
-PAPER = Recipe(student="ViT-B-32-quickgelu", pretrained="openai", imagenet=False, train_image="all", layer=-1,
-               teacher="meta-llama/Llama-2-7b-hf", k=1000, alpha=1.0, beta=0.01, word_table=False, words=0,
-               first_steps=0, epochs=100, batch_size=1024, lr=5e-5, warmup=1000)
+PAPER = Recipe(student="ViT-B-32-quickgelu", pretrained="openai", imagenet=False, train_image="all",
+               layer=-1, teacher="meta-llama/Llama-2-7b-hf", k=1000, alpha=1.0, beta=0.01,
+               word_table=False, words=0, first_steps=0, epochs=100, batch_size=1024, lr=5e-5,
+               warmup=1000)
 
 # %% ../nbs/05_recipe.ipynb #63609684
 def recipe_table(
     recipe: Recipe,
 ) -> list[dict[str, str]]:  # a dict a setting: setting, ours, paper, reason
     "The recipe as rows to print: our value, the paper's, and the reason."
-    return [dict(setting=f.name, ours=str(getattr(recipe, f.name))) | {k: f.metadata[k] for k in ("paper", "reason")}
+    return [dict(setting=f.name, ours=str(getattr(recipe, f.name)),
+                 paper=f.metadata["paper"], reason=f.metadata["reason"])
             for f in dataclasses.fields(recipe)]

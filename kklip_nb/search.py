@@ -23,7 +23,7 @@ from .tools import finite_matrix
 
 # %% ../nbs/09_search.ipynb #5ea00014
 def _unit_rows(name: str, features: torch.Tensor) -> torch.Tensor:
-    "(n, d) float32 rows of length one, on the CPU, or a ValueError for features that are not finite."
+    "(n, d) float32 rows of length one, on the CPU; raises ValueError if any is not finite."
     return F.normalize(torch.from_numpy(finite_matrix(name, features)), dim=1).float()
 
 @torch.inference_mode()
@@ -31,16 +31,18 @@ def picture_features(
     student: Towers,  # left in evaluation mode
     images: np.ndarray | Sequence[np.ndarray],  # n pictures of one size, (size, size, 3) uint8
 ) -> torch.Tensor:  # (n, d) float32 rows of length one, on the CPU
-    "Embed the pictures once, for any number of queries; raises ValueError for what is no list of pictures."
+    "Embed the pictures once, for any number of queries; raises ValueError for other things."
     shapes = {np.shape(image) for image in images}
     if len(shapes) != 1 or len(shape := next(iter(shapes))) != 3 or shape[2] != 3:
-        raise ValueError(f"pictures of shapes {sorted(shapes)}; expected one (size, size, 3): see data.read_image")
+        raise ValueError(f"pictures of shapes {sorted(shapes)}; "
+                         "expected one (size, size, 3): see data.read_image")
     images, clip = np.asarray(images), student.eval().clip
     device, trunk = clip.logit_scale.device, getattr(clip.visual, "trunk", None)
     frozen = trunk is not None and not any(p.requires_grad for p in trunk.parameters())
     inputs = ([cached_trunk_features(student, images)] if frozen else
               (prepare_images(student, images[s:s + 64]) for s in range(0, len(images), 64)))
-    return _unit_rows("picture features", torch.cat([student.encode_image(x.to(device)) for x in inputs]))
+    features = torch.cat([student.encode_image(x.to(device)) for x in inputs])
+    return _unit_rows("picture features", features)
 
 # %% ../nbs/09_search.ipynb #5ea00019
 @torch.inference_mode()
@@ -48,29 +50,50 @@ def query_features(
     student: Towers,  # left in evaluation mode
     queries: str | Sequence[str],  # one text, or q of them
 ) -> torch.Tensor:  # (q, d) float32 rows of length one, on the CPU
-    "Embed the queries; raises ValueError for none at all, and for one in which there is nothing to read."
+    "Embed the queries; raises ValueError for none at all, and for one with nothing to read in it."
     queries = [queries] if isinstance(queries, str) else list(queries)
     bad = [q for q in queries if not isinstance(q, str) or not fold_caption(q)]
-    if bad or not queries: raise ValueError(f"nothing to search for in {bad or queries}; type a word or more")
+    if bad or not queries:
+        raise ValueError(f"nothing to search for in {bad or queries}; type a word or more")
     tokens = cut_padding(tokenize(student.eval(), queries)).to(student.clip.logit_scale.device)
     return _unit_rows("query features", student.encode_text(tokens))
 
+# %% ../nbs/09_search.ipynb #5ea00080
 def search(
     student: Towers,
     pictures: torch.Tensor,  # (n, d) from picture_features, of the same student
     queries: str | Sequence[str],  # one text, or q of them
     k: int = 5,  # how many pictures a query; fewer where there are fewer
-) -> tuple[np.ndarray, np.ndarray]:  # (q, k) rows of the pictures, the best first; (q, k) their cosines
+) -> tuple[np.ndarray, np.ndarray]:  # (q, k) rows of the pictures, best first; (q, k) their cosines
     "Words in, pictures out; raises ValueError for an empty query or another student's pictures."
     texts = query_features(student, queries)
     if k < 1 or pictures.ndim != 2 or pictures.shape[1] != texts.shape[1]:
-        raise ValueError(f"k={k}, pictures {tuple(pictures.shape)}; expected k of 1 or more, (n, {texts.shape[1]})")
-    scores, rows = (texts @ pictures.T).round(decimals=6).sort(dim=1, descending=True, stable=True)
+        raise ValueError(f"k={k}, pictures {tuple(pictures.shape)}; "
+                         f"expected k of 1 or more, (n, {texts.shape[1]})")
+    scores = (texts @ pictures.T).round(decimals=6)
+    scores, rows = scores.sort(dim=1, descending=True, stable=True)
     return rows[:, :k].numpy(), scores[:, :k].numpy()
 
 # %% ../nbs/09_search.ipynb #5ea00026
 def _write(ax: plt.Axes, x: float, y: float, text: str, size: int, width: int = 99, **how) -> None:
-    ax.text(x, y, textwrap.fill(text, width, max_lines=3, placeholder="…"), fontsize=size, parse_math=False, **how)
+    text = textwrap.fill(text, width, max_lines=3, placeholder="…")
+    ax.text(x, y, text, fontsize=size, parse_math=False, **how)
+
+# %% ../nbs/09_search.ipynb #5ea00081
+def _draw_finds(ax: plt.Axes, left: float, rows: np.ndarray, images, texts, right) -> None:
+    "One student's block: a row a query, the best at the left; texts[query, place] below each."
+    for (y, place), row in np.ndenumerate(rows):
+        x, top = left + place, 1.5 * y
+        ax.imshow(images[row], extent=(x + 0.04, x + 0.96, top + 0.96, top + 0.04))
+        if right is not None and right[y][row]:
+            ax.add_patch(plt.Rectangle((x, top), 1, 1, fill=False, lw=2))
+        _write(ax, x + 0.5, top + 1.09, texts[y, place], 6, 14, ha="center", va="top")
+
+def _under(rows: np.ndarray, captions: Sequence[str], cosines: np.ndarray | None) -> np.ndarray:
+    "(q, k) texts: each find's caption, after its cosine where that is given."
+    texts = np.array(captions, dtype=object)[rows]
+    if cosines is None: return texts
+    return np.vectorize(lambda c, text: f"{c:.2f} {text}", otypes=[object])(cosines, texts)
 
 # %% ../nbs/09_search.ipynb #5ea00028
 def plot_found(
@@ -81,21 +104,21 @@ def plot_found(
     title: str = "",  # what to see
     credit: str = "",  # whose pictures they are
     right: np.ndarray | None = None,  # (q, n) booleans: the right pictures, which get a frame
+    scores: dict[str, np.ndarray] | None = None,  # student → (q, k) cosines, to write, too
 ) -> plt.Figure:
     "What each student finds: a row a query, a block a student, the best at the left."
     queries, left = [queries] if isinstance(queries, str) else list(queries), 2.0
-    if wrong := [np.shape(rows) for rows in found.values() if np.ndim(rows) != 2 or len(rows) != len(queries)]:
-        raise ValueError(f"rows of shapes {wrong} for {len(queries)} queries; expected (q, k) as search gives them")
+    shapes = [np.shape(rows) for rows in found.values()]
+    if wrong := [s for s in shapes if len(s) != 2 or s[0] != len(queries)]:
+        raise ValueError(f"rows of shapes {wrong} for {len(queries)} queries; "
+                         "expected (q, k) as search gives them")
     figure, ax = plt.subplots(layout="constrained")
     for y, query in enumerate(queries):
         _write(ax, 1.8, 1.5 * y + 0.5, query, 8, 16, ha="right", va="center", weight="bold")
     for name, rows in found.items():
         _write(ax, left, -0.2, name, 9, weight="bold")
-        for (y, place), row in np.ndenumerate(rows):
-            x, top = left + place, 1.5 * y
-            ax.imshow(images[row], extent=(x + 0.04, x + 0.96, top + 0.96, top + 0.04))
-            if right is not None and right[y][row]: ax.add_patch(plt.Rectangle((x, top), 1, 1, fill=False, lw=2))
-            _write(ax, x + 0.5, top + 1.04, captions[row], 6, 14, ha="center", va="top")
+        texts = _under(rows, captions, scores and scores[name])
+        _draw_finds(ax, left, rows, images, texts, right)
         left += np.shape(rows)[1] + 0.5
     _write(ax, left - 0.5, 1.5 * len(queries) + 0.1, credit, 6, ha="right", va="bottom")
     figure.set_size_inches(0.75 * left, 0.75 * (1.5 * len(queries) + 1.1))
@@ -103,6 +126,29 @@ def plot_found(
     ax.set_axis_off()
     ax.set_title(title, parse_math=False)
     return figure
+
+# %% ../nbs/09_search.ipynb #5ea00082
+def _own_place(order: np.ndarray, captions: Sequence[str], query: str) -> str:
+    "The place of the picture whose caption is the query; empty if there is none."
+    wanted = fold_caption(query)
+    own = [place for place, row in enumerate(order, 1) if fold_caption(captions[row]) == wanted]
+    return f" (own picture: place {own[0]} of {len(order)})" if own else ""
+
+def _answer(text: str, students: dict, images, captions: Sequence[str], credit: str) -> str:
+    "What each student finds, as an HTML image with an alternative text."
+    found, scores, says = {}, {}, []
+    for name, (student, features) in students.items():
+        (order,), (cosines,) = search(student, features, text, k=len(images))
+        name += _own_place(order, captions, text)
+        found[name], scores[name] = order[None, :5], cosines[None, :5]
+        finds = [f"{captions[row]} ({c:.2f})" for row, c in zip(order[:5], cosines)]
+        says.append(f"{name} finds {', '.join(finds)}")
+    figure, png = plot_found(text, found, images, captions, "", credit, None, scores), io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    plt.close(figure)
+    source, alt = base64.b64encode(png.getvalue()).decode(), f"{text}: {'; '.join(says)}"
+    how = f'style="width: 100%" alt="{html.escape(alt)}"'
+    return f'<img {how} src="data:image/png;base64,{source}">'
 
 # %% ../nbs/09_search.ipynb #5ea0003c
 def search_box(
@@ -112,20 +158,12 @@ def search_box(
     query: str = "dog",  # what the field holds at first
     credit: str = "",  # whose pictures they are
 ):  # an ipywidgets.VBox: the field, and the answer below it
-    "A text field for Jupyter that shows what each student finds; Enter searches."
+    "A text field for Jupyter that shows what each student finds, with cosines; Enter searches."
     import ipywidgets
     field = ipywidgets.Text(query, description="Search:", continuous_update=False)
     answer = ipywidgets.HTML(layout=dict(width="98%"))
-    def picture(text: str) -> str:
-        found = {name: search(student, features, text)[0] for name, (student, features) in students.items()}
-        figure, png = plot_found(text, found, images, captions, credit=credit), io.BytesIO()
-        figure.savefig(png, format="png", dpi=110)
-        plt.close(figure)
-        says = "; ".join(f"{name} finds {', '.join(captions[i] for i in rows[0])}" for name, rows in found.items())
-        source = base64.b64encode(png.getvalue()).decode()
-        return f'<img style="width: 100%" alt="{html.escape(f"{text}: {says}")}" src="data:image/png;base64,{source}">'
     def show(_=None):
-        try: answer.value = picture(field.value)
+        try: answer.value = _answer(field.value, students, images, captions, credit)
         except ValueError as error: answer.value = f"<p>{html.escape(str(error))}</p>"
     field.observe(show, "value")
     show()

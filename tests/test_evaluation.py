@@ -304,6 +304,15 @@ def test_each_item_its_own_group_is_the_plain_bootstrap(rng):
     assert plain == pytest.approx(grouped, abs=0.05)
 
 
+def test_groups_of_any_size_are_drawn_together_as_a_loop_draws_them():
+    groups = np.repeat(np.arange(30), np.random.default_rng(0).integers(1, 7, size=30))
+    values = np.random.default_rng(1).normal(size=30)[groups]
+    members = [np.flatnonzero(groups == g) for g in range(30)]
+    draws = [np.concatenate([members[g] for g in picks]) for picks in np.random.default_rng(5).integers(30, size=(500, 30))]
+    wanted = np.percentile([values[rows].mean() for rows in draws], [2.5, 97.5])
+    assert bootstrap_interval(values, groups, seed=5, draws=500) == pytest.approx(tuple(wanted))
+
+
 @pytest.mark.parametrize(
     "values, groups, said",
     [([], None, "0|empty|no values"), ([1.0, 2, 3], ["a", "b"], "2"), ([1.0, NAN], None, "(?i)nan")],

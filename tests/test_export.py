@@ -16,7 +16,7 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from kklip_nb.data import decode_image, read_image
+from kklip_nb.own_pairs import decode_image, read_image
 from kklip_nb.scale import export
 from kklip_nb.scale.command_line import main
 from kklip_nb.scale.export import evaluate_export, export_model, export_run, write_card

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from little_shards import ALONE, PER_SHARD, RECIPE, SHARDS, data, embed, folder, open_folder  # noqa: F401
 
 from kklip_nb.concepts import soft_labels
-from kklip_nb.data import decode_image
+from kklip_nb.own_pairs import decode_image
 from kklip_nb.scale import loader
 from kklip_nb.scale.distributed import start_student
 from kklip_nb.scale.loader import (check_batch, deal_epoch, deal_run, epoch_steps, lay_out, picture_transform, read_steps,

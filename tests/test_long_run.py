@@ -22,6 +22,7 @@ from test_training import same_weights
 
 from kklip_nb import training
 from kklip_nb.evaluation import retrieval_recall
+from kklip_nb.own_pairs import read_image
 from kklip_nb.scale import long_run
 from kklip_nb.scale.distributed import World, start_student
 from kklip_nb.scale.loader import open_data
@@ -29,7 +30,6 @@ from kklip_nb.scale.long_run import (FIELDS, MAX_SKIPPED, Log, check_held_out, l
                                      newest_checkpoint, trim_log)
 from kklip_nb.scale.shards import list_shards, read_shard, run_lock, write_shards
 from kklip_nb.student import prepare_images, tokenize
-from kklip_nb.data import read_image
 from kklip_nb.training import load_checkpoint
 
 TESTS = Path(__file__).resolve().parent

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = [p for floor in (".", "evidence", "scale") for p in sorted((NBS / floor).glob("[0-9]*.ipynb"))]
 NAMES = [str(p.relative_to(NBS).with_suffix("")) for p in NOTEBOOKS]
+PAGES = [NBS / "start.ipynb", *NOTEBOOKS]
+PAGE_NAMES = ["start", *NAMES]
 COURSE = [p for p in NOTEBOOKS if p.parent == NBS]
 
 
@@ -31,28 +33,28 @@ def test_every_notebook_has_its_module_and_every_module_its_notebook():
     assert wanted == {str(p.relative_to(ROOT / "kklip_nb")) for p in (ROOT / "kklip_nb").rglob("*.py") if not p.name.startswith("_")}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_NAMES)
 def test_first_cell_is_title_and_description(path):
     first = cells(path)[0]
     assert first["cell_type"] == "markdown"
     assert re.match(r"# \S.*\n+> \S", first["source"])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_NAMES)
 def test_a_picture_and_no_error_is_saved(path):
     outputs = [o for c in cells(path) if c["cell_type"] == "code" for o in c["outputs"]]
     assert any("image/png" in o.get("data", {}) for o in outputs)
     assert not any(o["output_type"] == "error" for o in outputs)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_NAMES)
 def test_no_cell_is_longer_than_thirty_lines(path):
     for cell in cells(path):
         if cell["cell_type"] == "code":
             assert len([r for r in cell["source"].splitlines() if r.strip() and not r.strip().startswith("#")]) <= 30
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, *(NBS / "solutions" / p.relative_to(NBS) for p in NOTEBOOKS)], ids=lambda p: str(p.relative_to(NBS).with_suffix("")))
+@pytest.mark.parametrize("path", [*PAGES, *(NBS / "solutions" / p.relative_to(NBS) for p in NOTEBOOKS)], ids=lambda p: str(p.relative_to(NBS).with_suffix("")))
 def test_no_code_line_is_longer_than_a_hundred_characters(path):
     long = [row for c in cells(path) if c["cell_type"] == "code" for row in c["source"].splitlines() if len(row) > 100]
     assert not long
@@ -76,7 +78,7 @@ def test_a_notebook_says_where_it_stands_and_links_what_it_speaks_of(path):
     assert re.search(r"^## Summary", text, re.M) and re.search(r"^## Exercises", text, re.M)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_NAMES)
 def test_links_of_a_notebook_lead_somewhere(path):
     for cell in cells(path):
         if cell["cell_type"] != "markdown": continue
@@ -84,7 +86,7 @@ def test_links_of_a_notebook_lead_somewhere(path):
             if not re.match(r"https?:|#|mailto:|attachment:", link): assert (path.parent / link.split("#")[0]).exists(), link
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_NAMES)
 def test_cells_off_the_path_are_folded_and_none_exports_the_package(path):
     for cell in cells(path):
         if cell["cell_type"] != "code": continue

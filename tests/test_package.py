@@ -12,7 +12,7 @@ import pytest
 import kklip_nb
 
 FLOORS = {
-    "": ["course", "tools", "data", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization", "search"],
+    "": ["course", "tools", "data", "own_pairs", "teacher_files", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization", "search"],
     "evidence.": ["scenes", "text_probe", "attributes", "one_word", "other_words", "study", "choices", "runner", "attribute_data"],
     "scale.": ["shards", "embeddings", "clustering", "loader", "distributed", "long_run", "export", "rehearsal", "command_line"],
 }

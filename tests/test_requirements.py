@@ -12,7 +12,7 @@ import pytest
 import kklip_nb
 
 ROOT, PACKAGE = Path(__file__).resolve().parent.parent, Path(kklip_nb.__file__).parent
-COURSE = {"tools", "data", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization", "search"}
+COURSE = {"tools", "data", "own_pairs", "teacher", "concepts", "student", "losses", "recipe", "training", "evaluation", "visualization", "search"}
 OWNERS = packages_distributions()
 
 
@@ -45,7 +45,7 @@ MODULES = [p for p in PACKAGE.rglob("*.py") if p.name[0] != "_"]
 def test_every_import_is_required(path):
     extra = ["scale_requirements"] if path.parent.name == "scale" else []
     assert not missing(path, False, "requirements", *extra), "needed to import the module"
-    optional = ["course_requirements"] + (["scale_requirements"] if extra or path.stem == "data" else [])  # data reads data sets of the hub
+    optional = ["course_requirements"] + (["scale_requirements"] if extra or path.stem == "own_pairs" else [])  # own_pairs reads data sets of the hub
     assert not missing(path, True, "requirements", *optional), "needed by one of its functions"
 
 

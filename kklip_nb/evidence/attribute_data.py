@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..data import read_image
+from ..own_pairs import read_image
 from ..student import Towers, prepare_images
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #b841a940

@@ -50,7 +50,7 @@ def folder_pairs(
     caption_column: str = "caption",
 ) -> Iterator[tuple[Path, str]]:  # picture file, caption
     "The rows of a folder's table, as load_folder reads them, but one at a time."
-    from kklip_nb.data import _check_columns, _inside, _read_table
+    from kklip_nb.own_pairs import _check_columns, _inside, _read_table
     path = Path(folder) / table
     rows = _read_table(path)
     _check_columns(path, rows, image_column, caption_column)
@@ -66,7 +66,7 @@ def hub_pairs(
     "The rows of a data set on the hub, streamed; no code of the data set is run."
     from datasets import load_dataset
 
-    from kklip_nb.data import _check_columns
+    from kklip_nb.own_pairs import _check_columns
     for i, row in enumerate(load_dataset(name, split=split, streaming=True)):
         _check_columns(name, [row], image_column, caption_column)
         kind = type(row[caption_column]).__name__

@@ -22,8 +22,9 @@ from open_clip.model import set_model_preprocess_cfg
 from open_clip.push_to_hf_hub import generate_readme
 from safetensors.torch import save_file
 
-from ..data import decode_image, fold_caption
+from ..data import fold_caption
 from ..evaluation import median_rank, retrieval_recall
+from ..own_pairs import decode_image
 from .long_run import newest_checkpoint
 from .shards import Sample, open_picture, read_shard, usable_samples
 from ..student import Student, Towers, build_student

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import Compose, PILToTensor
 
 from ..concepts import Concepts, concept_labels
-from ..data import decode_image
+from ..own_pairs import decode_image
 from .clustering import join_shard, load_concepts
 from .embeddings import Sidecar, open_sidecars
 from .shards import Sample, open_picture

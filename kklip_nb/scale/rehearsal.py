@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..data import decode_image, openmoji_table, render_svg
+from ..data import openmoji_table, render_svg
+from ..own_pairs import decode_image
 from .clustering import cluster_shards
 from .distributed import World
 from .embeddings import embed_shards, open_sidecars
@@ -28,7 +29,8 @@ from .loader import open_data
 from .long_run import train_shards
 from .shards import list_shards, open_picture, read_shard, usable_samples, write_shards
 from ..student import Student, _create_clip, _model_config, check_activation
-from ..teacher import Teacher, _unpacked_teacher, embed_captions, packaged_teacher
+from ..teacher import Teacher, embed_captions, packaged_teacher
+from ..teacher_files import _unpacked_teacher
 from ..recipe import Recipe
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #92a128d8

@@ -23,7 +23,7 @@ import filelock
 import numpy as np
 from PIL import Image
 
-from ..data import read_image
+from ..own_pairs import read_image
 from ..tools import write_atomically
 
 # %% ../../nbs/scale/01_shards.ipynb #c7d94519
