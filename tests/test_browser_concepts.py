@@ -13,6 +13,10 @@ from kklip_nb.teacher import load_embeddings, standardise
 
 RECORDED = Path(__file__).resolve().parent.parent / "nbs/recorded/pairs-last-29-prompt.safetensors"
 
+PREPARED = ["20173689", "8c2c07d1", "e4b9f26e", "ebb79228"]  # imports, embeddings
+CONCEPTS = "from kklip_nb.concepts import apply_scale, fit_concepts, fit_scale, label_entropy, soft_labels"
+MAP = "from kklip_nb.visualization import click_map, concept_names, distinct_concepts, umap_project"
+
 
 @pytest.fixture(scope="module")
 def material():
@@ -21,13 +25,6 @@ def material():
     split = split_by_base(pairs.bases, seed=0)
     raw = load_embeddings(RECORDED, pairs.captions)
     return pairs, split, standardise(raw, raw[split.train].mean(0)), six_rows(pairs.captions)
-
-
-def said(page, pattern: str) -> str:
-    "What the control's output says, once it says this."
-    output = page.locator(".jp-Cell").last.locator(".jp-OutputArea").last
-    page.wait_for_function("([text, pattern]) => new RegExp(pattern).test(document.querySelector('.jp-Cell:last-of-type, .jp-Notebook').innerText)", arg=["", pattern], timeout=30_000)
-    return output.inner_text()
 
 
 def picture(page) -> str:
@@ -49,7 +46,7 @@ def test_the_temperature_moves_the_label_and_its_entropy(notebook_page, material
     pairs, split, targets, six = material
     centroids = fit_concepts(targets[split.train], 48).centroids
     def entropy(tau, caption): return label_entropy(soft_labels(targets[[six[SIX.index(caption)]]], centroids, tau))[0]
-    page = notebook_page("02_concepts.ipynb", ["20173689", "8c2c07d1", "e4b9f26e", "b5ca1e01", "b5ca1e02", "ebb79228", "9c53c838", "b11ae9aa", "3a0ff580", "74bfe161", "ctl-t-01", "control-tau"])
+    page = notebook_page("02_concepts.ipynb", [*PREPARED, "9c53c838", "74bfe161", "ctl-t-01", "control-tau"], CONCEPTS, timeout=300)
     output = page.locator(".widget-output").last
     output.get_by_text(f"tau 0.1: entropy {entropy(0.1, 'dog face'):.2f} nats").wait_for()
     before = picture(page)
@@ -70,7 +67,7 @@ def test_the_number_of_concepts_moves_who_is_in_them(notebook_page, material):
         concept = np.linalg.norm(found.centroids - targets[six[at]], axis=1).argmin()
         first = split.train[np.linalg.norm(train - found.centroids[concept], axis=1).argmin()]
         return f"{SIX[at]}: {(found.labels == concept).sum()} captions around {pairs.captions[first]}"
-    page = notebook_page("02_concepts.ipynb", ["20173689", "8c2c07d1", "e4b9f26e", "b5ca1e01", "b5ca1e02", "ebb79228", "36790346", "fit-k", "0db086fc", "ctl-k-01", "control-k"])
+    page = notebook_page("02_concepts.ipynb", [*PREPARED, "36790346", "fit-k", "0db086fc", "ctl-k-01", "control-k"], CONCEPTS, timeout=300)
     output = page.locator(".widget-output").last
     for at in (0, 2, 4): output.get_by_text(line(48, at)).wait_for()
     before = picture(page)
@@ -86,8 +83,7 @@ def test_a_click_on_the_map_shows_the_pictures_of_the_concept(notebook_page, mat
     pairs, split, targets, six = material
     concepts = fit_concepts(targets[split.train], 48)
     label = np.linalg.norm(targets[split.test][:, None] - concepts.centroids, axis=2).argmin(1)
-    page = notebook_page("08_visualization.ipynb", ["23ebf355", "55e7d3d7", "f459b56a", "bcb56ab9", "5e1f0b02", "7b113b8f", "2dd76fc1", "97164937", "d1153fcb", "db36dd1c", "bf9573de", "name-0002", "name-0003",
-                                                    "name-0004", "b7d4d068", "8911755f", "ff2135f8", "click-02", "click-03", "click-04", "control-map"], timeout=300)
+    page = notebook_page("08_visualization.ipynb", ["23ebf355", "55e7d3d7", "f459b56a", "bcb56ab9", "b7d4d068", "8911755f", "ff2135f8", "click-04", "control-map"], MAP, timeout=300)
     marks, cards = page.locator(".kklip-map input"), page.locator(".kklip-map .card")
     assert marks.count() == len(split.test)
     assert not any(card.is_visible() for card in cards.all())
