@@ -25,18 +25,19 @@ class Scale(NamedTuple):
     "What turns raw teacher embeddings into targets, fitted on the training captions."
     mean: np.ndarray  # (d,) float32
     length: float  # root of the mean squared length
-    how: str  # 'unit': centred, each row of length one; 'raw': as they come, with a mean squared length of one
+    how: str  # 'unit': centred, rows of length one; 'raw': only divided by `length`
 
 
 def fit_scale(
-    pieces: Iterable[np.ndarray],  # (m, d) raw embeddings each; together those of the training captions
+    pieces: Iterable[np.ndarray],  # (m, d) raw embeddings each, of the training captions
     how: str = "unit",  # 'unit' or 'raw', the recipe's `normalise`
 ) -> Scale:
-    "Mean and mean squared length over all pieces, in one pass and float64; raises ValueError for another `how`."
+    "Mean and mean squared length over all pieces, in one pass; ValueError for another `how`."
     if how not in ("unit", "raw"): raise ValueError(f"normalise={how!r}; expected 'unit' or 'raw'")
     total, squares, count = 0.0, 0.0, 0
     for rows in pieces:
-        total, squares = total + rows.sum(0, dtype=np.float64), squares + np.square(rows, dtype=np.float64).sum()
+        total = total + rows.sum(0, dtype=np.float64)
+        squares += np.square(rows, dtype=np.float64).sum()
         count += len(rows)
     return Scale((total / count).astype(np.float32), float((squares / count) ** 0.5), how)
 
@@ -53,23 +54,24 @@ def apply_scale(
 class Concepts(NamedTuple):
     "What k-means found."
     centroids: np.ndarray  # (k, d) float32, the mean embedding of each concept
-    labels: np.ndarray  # (n,) int64, the nearest centroid of each caption; (0,) where captions were streamed
+    labels: np.ndarray  # (n,) int64, nearest centroid of each caption; (0,) if streamed
     inertia: float  # sum of squared distances to the nearest centroid
-    scale: Scale | None = None  # what embeddings must go through before they are compared with the centroids
-    meta: dict[str, str] | None = None  # how concepts of shards were made: settings, and where the embeddings came from
+    scale: Scale | None = None  # what embeddings go through before they meet the centroids
+    meta: dict[str, str] | None = None  # of shards: settings, and where the embeddings came from
 
 # %% ../nbs/02_concepts.ipynb #5b82d255
 def fit_concepts(
-    embeddings: np.ndarray | torch.Tensor,  # (n, d) standardised teacher embeddings of the training captions
+    embeddings: np.ndarray | torch.Tensor,  # (n, d) standardised, of the training captions
     k: int,  # number of concepts, at most n
     seed: int = 0,  # of the starts of k-means
 ) -> Concepts:
-    "scikit-learn's k-means on one thread, so that the same seed gives the same concepts every time."
+    "scikit-learn's k-means on one thread: the same seed gives the same concepts every time."
     points = finite_matrix("embeddings", embeddings)
     if not 1 <= k <= len(points): raise ValueError(f"k={k} concepts from {len(points)} captions")
     with threadpool_limits(1):
         kmeans = KMeans(n_clusters=k, n_init=4, random_state=seed).fit(points)
-    return Concepts(kmeans.cluster_centers_.astype(np.float32), kmeans.labels_.astype(np.int64), float(kmeans.inertia_))
+    centroids, labels = kmeans.cluster_centers_.astype(np.float32), kmeans.labels_.astype(np.int64)
+    return Concepts(centroids, labels, float(kmeans.inertia_))
 
 # %% ../nbs/02_concepts.ipynb #1bb618b2
 def score_concepts(
@@ -77,20 +79,20 @@ def score_concepts(
     k: int,  # number of concepts to try, at least 2 and below n
     classes: Sequence[str | None],  # n known classes to compare with; None is left out
     seeds: Sequence[int] = (0, 1, 2),  # starts of k-means
-) -> dict[str, float]:  # k, inertia, silhouette, nmi (NaN without known classes), stability (NaN with one seed)
-    "Four views on a choice of k: tightness, separation, agreement with known classes, agreement between seeds."
+) -> dict[str, float]:  # k, inertia, nmi, silhouette, stability; NaN where it cannot be known
+    "Four views on k: tightness, separation, agreement with known classes and between seeds."
     embeddings = finite_matrix("embeddings", embeddings)
-    if len(classes) != len(embeddings): raise ValueError(f"{len(classes)} classes for {len(embeddings)} embeddings")
+    if len(classes) != len(embeddings):
+        raise ValueError(f"{len(classes)} classes for {len(embeddings)} embeddings; give one each")
     fits = [fit_concepts(embeddings, k, seed) for seed in seeds]
     known = [i for i, c in enumerate(classes) if c is not None]
     theirs = [classes[i] for i in known]
     nmi = [normalized_mutual_info_score(theirs, f.labels[known]) for f in fits] if known else np.nan
     pairs = [(a, b) for i, a in enumerate(fits) for b in fits[:i]]
-    stability = np.mean([adjusted_rand_score(a.labels, b.labels) for a, b in pairs]) if pairs else np.nan
-    with threadpool_limits(1):
-        silhouette = np.mean([silhouette_score(embeddings, f.labels) for f in fits])
-    return dict(k=k, inertia=float(np.mean([f.inertia for f in fits])), silhouette=float(silhouette),
-                nmi=float(np.mean(nmi)), stability=float(stability))
+    stability = [adjusted_rand_score(a.labels, b.labels) for a, b in pairs] or np.nan
+    with threadpool_limits(1): silhouette = [silhouette_score(embeddings, f.labels) for f in fits]
+    return dict(k=k, inertia=float(np.mean([f.inertia for f in fits])), nmi=float(np.mean(nmi)),
+                silhouette=float(np.mean(silhouette)), stability=float(np.mean(stability)))
 
 # %% ../nbs/02_concepts.ipynb #b11ae9aa
 def soft_labels(
@@ -98,10 +100,12 @@ def soft_labels(
     centroids: np.ndarray | torch.Tensor,  # (k, d)
     temperature: float,  # in units of squared distance: → 0 the hard label, → ∞ uniform
 ) -> np.ndarray | torch.Tensor:  # (n, k) rows that sum to 1; container and dtype of `embeddings`
-    r"Softmax over concepts of $-\lVert x - c\rVert^2 / \tau$, in float64. The paper says 'soft' and no more."
+    r"Softmax over concepts of $-\lVert t - \mu\rVert^2 / \tau$, in float64."
     x, c = finite_matrix("embeddings", embeddings), finite_matrix("centroids", centroids)
-    if x.shape[1] != c.shape[1]: raise ValueError(f"embeddings have {x.shape[1]} dimensions, centroids {c.shape[1]}")
-    if not 0 < temperature < np.inf: raise ValueError(f"temperature={temperature}; expected a positive, finite number")
+    if x.shape[1] != c.shape[1]:
+        raise ValueError(f"embeddings have {x.shape[1]} dimensions, centroids {c.shape[1]}")
+    if not 0 < temperature < np.inf:
+        raise ValueError(f"temperature={temperature}; expected a positive, finite number")
     distances = cdist(x, c, "sqeuclidean")
     labels = np.exp(-(distances - distances.min(1, keepdims=True)) / temperature)
     labels /= labels.sum(1, keepdims=True)
@@ -112,11 +116,12 @@ def soft_labels(
 def label_entropy(
     labels: np.ndarray | torch.Tensor,  # (n, k) soft labels
 ) -> np.ndarray:  # (n,) nats: 0 for a hard label, ln k for a uniform one
-    "How undecided each soft label is."
+    "How undecided each soft label is; raises ValueError for rows that are no probabilities."
     p = finite_matrix("labels", labels)
     if p.min() < 0: raise ValueError(f"labels hold {p.min():.3g}; probabilities cannot be negative")
     sums = p.sum(1)
-    if abs(sums - 1).max() > 5e-3: raise ValueError(f"labels sum to {sums.min():.4g} … {sums.max():.4g}; expected 1")
+    if abs(sums - 1).max() > 5e-3:
+        raise ValueError(f"labels sum to {sums.min():.4g} … {sums.max():.4g}; expected 1")
     return -(p * np.log(np.clip(p, 1e-300, None))).sum(1)
 
 # %% ../nbs/02_concepts.ipynb #c0de0001
@@ -125,7 +130,7 @@ def concept_labels(
     centroids: torch.Tensor,  # (k, d) on the same device; float64 saves a conversion
     temperature: float,  # positive, in units of squared distance
 ) -> torch.Tensor:  # (n, k) float32 rows that sum to 1
-    "soft_labels for the training step: one matrix product, no value read by the host, the same under autocast."
-    precise = torch.float32 if targets.device.type == "mps" else torch.float64  # Apple's GPUs know no float64
-    x, c = targets.to(precise), centroids.to(precise)
+    "soft_labels for the training step: one product, no value read by the host, autocast or not."
+    apple = targets.device.type == "mps"  # whose GPUs know no float64
+    x, c = (v.to(torch.float32 if apple else torch.float64) for v in (targets, centroids))
     return ((2 * x @ c.T - c.square().sum(1)) / temperature).softmax(1).float()

@@ -13,7 +13,7 @@ from scipy.stats import entropy
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from kklip_nb.concepts import concept_labels, fit_concepts, label_entropy, score_concepts, soft_labels
+from kklip_nb.concepts import apply_scale, concept_labels, fit_concepts, fit_scale, label_entropy, score_concepts, soft_labels
 
 NAN, INF = float("nan"), float("inf")
 
@@ -339,3 +339,22 @@ def test_one_class_for_each_embedding_is_asked_for(count):
     classes = ["a", "b", "c"] * 20
     with pytest.raises(ValueError, match=str(count)):
         score_concepts(blobs()[0], 4, classes[:count])
+
+
+def test_what_cannot_be_known_is_nan():
+    points, truth = blobs()
+    assert math.isnan(score_concepts(points, 4, [None] * 40, seeds=(0,))["nmi"])
+    assert math.isnan(score_concepts(points, 4, [f"class {t}" for t in truth], seeds=(0,))["stability"])
+
+
+# ---- scale
+
+
+def test_a_scale_of_pieces_is_that_of_the_whole_and_unit_rows_have_length_one(rng):
+    raw = (rng.normal(size=(50, 7)) + 20).astype(np.float32)
+    whole, pieces = fit_scale([raw]), fit_scale(np.array_split(raw, 6))
+    np.testing.assert_allclose(pieces.mean, raw.mean(0), rtol=1e-6)
+    assert pieces.length == pytest.approx(whole.length) == pytest.approx(np.sqrt((raw.astype(float) ** 2).sum(1).mean()))
+    np.testing.assert_allclose(np.linalg.norm(apply_scale(raw, pieces), axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(apply_scale(raw, fit_scale([raw], "raw")), raw / whole.length, rtol=1e-6)
+    with pytest.raises(ValueError, match="'both'"): fit_scale([raw], "both")

@@ -13,10 +13,12 @@ from matplotlib.colors import to_rgba
 from matplotlib.offsetbox import AnnotationBbox
 
 from kklip_nb.visualization import (
+    click_map,
     concept_names,
     concept_style,
     distinct_concepts,
     image_grid,
+    place_names,
     plot_concepts,
     plot_images,
     plot_similarities,
@@ -60,18 +62,34 @@ def test_names_have_the_asked_number_of_words_and_plain_ids():
     assert all(type(c) is int for c in names)
 
 
-def test_names_of_two_and_three_words():
-    captions = ["tiger face", "cat face", "tiger", "dog face", "smiling face", "grinning face", "smiling cat face", "clock", "alarm clock", "clock face"]
-    labels = [0] * 4 + [1] * 3 + [2] * 3
-    assert concept_names(captions, labels)[2] == "clock alarm"
-    assert len(concept_names(captions, labels, 3)[1].split()) == 3
+def test_a_second_word_is_added_for_the_captions_that_the_first_leaves_over():
+    captions = ["clock", "alarm clock", "clock face", "red rose", "tulip", "old rose", "tulip bed", "lily"]
+    assert concept_names(captions, [0] * 3 + [1] * 5) == {0: "clock", 1: "rose, tulip"}
+    assert concept_names(["traffic light", "traffic light", "light bulb", "stove"], [0, 0, 1, 1])[0] == "traffic light"
+    assert concept_names(["kiss", "kissing cat", "kissing face", "fox"], [0, 0, 0, 1])[0] == "kissing"  # and kiss is its kin
 
 
 def test_words_that_name_nothing_are_in_no_name():
-    captions = ["face with tears", "face with mask", "face with monocle", "the red fox", "fox and the dog"]
-    names = concept_names(captions, [0, 0, 0, 1, 1])
-    assert names[0].split()[0] == "face" and not {"with", "the", "and"} & {w for n in names.values() for w in n.split()}
+    captions = ["face with tears", "face with mask", "face with monocle", "the red fox", "fox and the dog", "house on fire", "fire"]
+    names = concept_names(captions, [0, 0, 0, 1, 1, 2, 2])
+    assert names == {0: "face", 1: "fox", 2: "fire"}  # fire is one of scikit-learn's stop words
     assert concept_names(["with", "and the"], [0, 1]) == {0: "with", 1: "and the"}  # nothing else to go by
+
+
+def test_captions_near_the_centroid_count_more():
+    captions = ["elf", "owl", "eagle", "bus", "bus"]
+    for distances in ([3, 2, 1, 1, 1], torch.tensor([0.3, 0.2, 0.1, 0.9, 0.9])):
+        assert concept_names(captions, [0, 0, 0, 1, 1], distances=distances) == {0: "eagle, owl", 1: "bus"}
+
+
+def test_the_concepts_of_the_course_have_names_without_debris(openmoji_rows):
+    from kklip_nb.data import load_openmoji
+    pairs = load_openmoji(32)
+    ids = {c: i for i, c in enumerate(sorted({c for c in pairs.subcategories if c}))}
+    rows = [i for i, c in enumerate(pairs.subcategories) if c]
+    names = concept_names([pairs.captions[i] for i in rows], [ids[pairs.subcategories[i]] for i in rows])
+    words = {word for name in names.values() for word in name.replace(",", "").split()}
+    assert len(names) == len(ids) and not words & set("with of the in on and for to s no".split())
 
 
 def test_names_do_not_depend_on_the_order_of_captions(rng):
@@ -175,6 +193,7 @@ def test_dollar_signs_are_no_formula(text, images):
     figures = [image_grid(images[:2], [text, "b"], title=text), plt.figure(), plt.figure(), plt.figure()]
     plot_similarities(np.eye(2), [text, "b"], ax=figures[1].gca(), title=text)
     plot_concepts(np.eye(2), [0, 1], {0: text, 1: "b"}, [0, 1], ax=figures[2].gca(), title=text).legend()
+    place_names(np.eye(2), [0, 1], {0: text, 1: "b"}, [0, 1], figures[2].gca())
     plot_images(np.eye(2), images[:2], ax=figures[3].gca(), title=text)
     for figure in figures:
         found = drawn_texts(figure)
@@ -284,6 +303,37 @@ def test_pictures_that_are_drawn_do_not_overlap_and_the_others_are_dots(seed, zo
     places = ax.transData.transform(points)
     for dot in ax.transData.transform(dots): assert any(max(abs(place - dot)) < width + 1 for place in places if tuple(place) != tuple(dot))
     plt.close(figure)
+
+
+@given(seed=st.integers(0, 9999))
+@settings(deadline=None, max_examples=10)
+def test_names_on_a_map_cover_no_other_and_stay_inside(seed):
+    rng = np.random.default_rng(seed)
+    points, labels = rng.normal(size=(40, 2)) * rng.uniform(0.01, 1), np.arange(40) % 8
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    names = {c: f"police officer, {c}" for c in range(8)}
+    plot_concepts(points, labels, names, range(8), ax, "a title")
+    texts = place_names(points, labels, names, range(8), ax)
+    figure.canvas.draw()
+    boxes = [t.get_bbox_patch().get_window_extent() for t in texts]
+    assert [t.get_text() for t in texts] == list(names.values())
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    edge = ax.get_window_extent()
+    assert all(edge.x0 <= b.x0 and b.x1 <= edge.x1 and edge.y0 <= b.y0 and b.y1 <= edge.y1 for b in boxes)
+    for text in texts: assert text.xy in {tuple(p) for p in points[labels == int(text.get_text()[-1])]}
+    plt.close(figure)
+
+
+def test_concepts_without_points_are_not_named():
+    ax = plot_concepts(np.eye(2), [0, 0], {0: "a", 1: "b"}, [0, 1], plt.figure().gca())
+    assert [t.get_text() for t in place_names(np.eye(2), [0, 0], {0: "a", 1: "b"}, [0, 1], ax)] == ["a"]
+
+
+def test_the_map_to_click_has_every_point_and_escapes_what_was_written(images):
+    text = click_map(torch.eye(7, 2), torch.from_numpy(images), ['"><b>', *"abcdef"], [0, 1] * 3 + [0], {0: ("<i>", images[:2], ["x<", "y"]), 1: ("b", [], [])})
+    assert text.count("<input") == 7 and text.count('class="card') == 2 and text.count("<figure>") == 2
+    assert "<b>b</b>" in text and '"><b>' not in text.replace('"><b>b', "").replace('"><b>&lt;i', "") and "x&lt;" in text and "&lt;i&gt;" in text
+    assert text.count(" pic") - text.count(".pic") >= 1 and " dot" in text  # five points lie on one spot
 
 
 @pytest.mark.parametrize("columns, rows", [(6, 2), (7, 1), (3, 3), (1, 7), (10, 1)])
