@@ -27,9 +27,12 @@ def material():
     return pairs, split, standardise(raw, raw[split.train].mean(0)), six_rows(pairs.captions)
 
 
-def picture(page) -> str:
-    "The picture that the control shows."
-    return page.locator(".widget-output img").last.get_attribute("src")
+def picture(page, name: str) -> str:
+    "The picture that the control shows, once it does; kept for a look."
+    drawn = page.locator(".widget-output img").last
+    drawn.scroll_into_view_if_needed()
+    shot(page, name)
+    return drawn.get_attribute("src")
 
 
 def change(page, value: str, now: str) -> None:
@@ -49,14 +52,14 @@ def test_the_temperature_moves_the_label_and_its_entropy(notebook_page, material
     page = notebook_page("02_concepts.ipynb", [*PREPARED, "9c53c838", "74bfe161", "ctl-t-01", "control-tau"], CONCEPTS, timeout=300)
     output = page.locator(".widget-output").last
     output.get_by_text(f"tau 0.1: entropy {entropy(0.1, 'dog face'):.2f} nats").wait_for()
-    before = picture(page)
-    shot(page, "control-tau-before")
+    before = picture(page, "control-tau-before")
     change(page, "1", rf"tau 1: entropy {entropy(1, 'dog face'):.2f} nats")
-    assert picture(page) != before
+    assert picture(page, "control-tau-1") != before
     page.locator(".widget-dropdown select").last.select_option("pizza")
     output.get_by_text(f"tau 1: entropy {entropy(1, 'pizza'):.2f} nats").wait_for()
-    change(page, "0.01", rf"tau 0.01: entropy {entropy(0.01, 'pizza'):.2f} nats, a fair choice among {np.exp(entropy(0.01, 'pizza')):.1f} concepts")
-    shot(page, "control-tau")
+    h = entropy(0.3, "pizza")
+    change(page, "0.3", rf"tau 0.3: entropy {h:.2f} nats, a fair choice among {np.exp(h):.1f} concepts")
+    picture(page, "control-tau")
 
 
 def test_the_number_of_concepts_moves_who_is_in_them(notebook_page, material):
@@ -70,13 +73,12 @@ def test_the_number_of_concepts_moves_who_is_in_them(notebook_page, material):
     page = notebook_page("02_concepts.ipynb", [*PREPARED, "36790346", "fit-k", "0db086fc", "ctl-k-01", "control-k"], CONCEPTS, timeout=300)
     output = page.locator(".widget-output").last
     for at in (0, 2, 4): output.get_by_text(line(48, at)).wait_for()
-    before = picture(page)
+    before = picture(page, "control-k-before")
     page.locator(".widget-slider .noUi-handle, .widget-hslider .noUi-handle").last.focus()
     page.keyboard.press("ArrowRight")  # 64
     page.keyboard.press("ArrowRight")  # 96
     for at in (0, 2, 4): output.get_by_text(line(96, at)).wait_for()
-    assert picture(page) != before
-    shot(page, "control-k")
+    assert picture(page, "control-k") != before
 
 
 def test_a_click_on_the_map_shows_the_pictures_of_the_concept(notebook_page, material):
