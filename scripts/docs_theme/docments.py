@@ -45,14 +45,14 @@ def as_docstring(obj: griffe.Object, sections: list[griffe.DocstringSection]) ->
 
 
 def is_setting(value: ast.expr | None) -> bool:
-    "Is this a field of the recipe: `_setting(value, paper, reason)`?"
+    "Is this a field of the recipe: `_setting(value, reason, paper)`?"
     return isinstance(value, ast.Call) and getattr(value.func, "id", "") == "_setting"
 
 
 def field(node: ast.AnnAssign, path: Path) -> str:
     "What is said of a field: the comment behind it, or the reason of a field of the recipe."
     if is_setting(node.value):
-        paper, reason = (ast.literal_eval(v) for v in node.value.args[1:3])
+        reason, paper = [*map(ast.literal_eval, node.value.args[1:3]), "not said"][:2]
         return f"{reason} (the paper: {paper})"
     return comments(path).get(node.end_lineno, "")
 
