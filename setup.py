@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("course", "scale", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("course", "scale", "docs", "dev")}
 
 setup(
     name=cfg["lib_name"],

@@ -51,7 +51,8 @@ def code_hash(notebook, path: Path) -> str:
     digest = hashlib.sha256()
     for cell in notebook.cells:
         if cell.cell_type == "code": digest.update(cell.source.encode() + b"\0")
-    for file in imported(path): digest.update(re.sub(rb"^(# %% .*)?\n", b"", file.read_bytes(), flags=re.M))  # not where cells are cut
+    if any(c.cell_type == "code" for c in notebook.cells):  # text alone imports nothing
+        for file in imported(path): digest.update(re.sub(rb"^(# %% .*)?\n", b"", file.read_bytes(), flags=re.M))  # not where cells are cut
     return digest.hexdigest()
 
 

@@ -62,7 +62,7 @@ def test_what_the_user_asked_for_is_required():
 
 
 def test_the_extras_do_not_overlap():
-    lines = [required(k) for k in ("requirements", "course_requirements", "scale_requirements", "dev_requirements")]
+    lines = [required(k) for k in ("requirements", "course_requirements", "scale_requirements", "docs_requirements", "dev_requirements")]
     assert sum(map(len, lines)) == len(set().union(*lines))
 
 
@@ -72,5 +72,6 @@ def test_setup_offers_the_extras(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **kwargs: given.update(kwargs))
     exec(compile((ROOT / "setup.py").read_text(encoding="utf-8"), ROOT / "setup.py", "exec"), dict(__file__=str(ROOT / "setup.py")))
     extras = given["extras_require"]
-    assert set(extras) == {"course", "scale", "dev", "all"} and set(extras["all"]) == {r for k in ("course", "scale", "dev") for r in extras[k]}
+    names = {"course", "scale", "docs", "dev"}
+    assert set(extras) == names | {"all"} and set(extras["all"]) == {r for name in names for r in extras[name]}
     assert given["entry_points"] == {"console_scripts": ["kklip=kklip_nb.scale.command_line:main"]}
