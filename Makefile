@@ -48,7 +48,7 @@ gpu: $(STAMP)  ## where there is a GPU: its tests, a 7 B teacher, ViT-B/32 in bf
 	$(BIN)/python scripts/gpu.py
 
 lab: $(STAMP)  ## open JupyterLab on the first notebook
-	$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/start.ipynb
+	$(BIN)/jupyter lab --config=scripts/lab_config.py --notebook-dir=nbs --LabApp.default_url=/lab/tree/start.ipynb
 
 docs: $(STAMP)  ## build the site from the notebooks and the package; writes build/docs
 	$(BIN)/python scripts/docs.py

@@ -12,40 +12,44 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 # %% ../nbs/appendix/course.ipynb #c0000006
-STEPS = {"Data": (0, 1), "Teacher": (1, 2), "Concepts": (2, 2), "Student": (1, 0), "Losses": (3, 1), "Recipe": (4, 2),
-         "Training": (4, 1), "Evaluation": (5, 2), "Visualization": (5, 1), "Search": (5, 0)}  # name: column, row
-FLOORS = {"Evidence": "is it true?", "Scale": "millions of pairs"}  # the parts that build on the course
+STEPS = {"Data": (0, 1), "Teacher": (1, 2), "Concepts": (2, 2), "Student": (1, 0), "Losses": (3, 1),
+         "Recipe": (4, 2), "Training": (4, 1), "Evaluation": (5, 2), "Visualization": (5, 1),
+         "Search": (5, 0)}  # name: column, row
+FLOORS = {"Evidence": "is it true?", "Scale": "millions of pairs"}  # what builds on the course
 
 # %% ../nbs/appendix/course.ipynb #c0000008
-_ARROWS = {("Data", "Teacher"): "captions", ("Data", "Student"): "pairs", ("Teacher", "Concepts"): "embeddings",
-           ("Teacher", "Losses"): "", ("Concepts", "Losses"): "soft labels", ("Student", "Losses"): "features",
+_ARROWS = {("Data", "Teacher"): "captions", ("Data", "Student"): "pairs",
+           ("Teacher", "Concepts"): "embeddings", ("Teacher", "Losses"): "",
+           ("Concepts", "Losses"): "soft labels", ("Student", "Losses"): "features",
            ("Losses", "Training"): "", ("Recipe", "Training"): "", ("Training", "Evaluation"): "",
            ("Training", "Visualization"): "", ("Training", "Search"): ""}
 
 # %% ../nbs/appendix/course.ipynb #c0000009
-def _box(ax: plt.Axes, x: float, y: float, text: str, here: bool, width: float = 0.8) -> dict[str, Any]:
-    "A box with a word in it, black if we are here; what an arrow needs to end at its edge."
-    box = plt.Rectangle((x - width / 2, y - 0.25), width, 0.5, fc="black" if here else "white", ec="black", zorder=2)
+def _box(ax: plt.Axes, x: float, y: float, text: str, here: bool, width: float) -> Any:
+    "A box with a word in it, black if we are here; an arrow ends at its edge."
+    dark, light = ("black", "white") if here else ("white", "black")
+    box = plt.Rectangle((x - width / 2, y - 0.25), width, 0.5, fc=dark, ec="black", zorder=2)
     ax.add_patch(box)
-    ax.text(x, y, text, ha="center", va="center", size=9, color="white" if here else "black", weight="bold", zorder=3)
+    ax.text(x, y, text, ha="center", va="center", size=9, color=light, weight="bold", zorder=3)
     return box
 
 # %% ../nbs/appendix/course.ipynb #c0000010
 def pipeline_map(
     here: str = "",  # the step or floor to mark, such as "Losses" or "Scale"; none if empty
 ) -> plt.Figure:
-    "The pipeline in one drawing, with the present step in black; raises ValueError for a step that is not on it."
+    "The pipeline in one drawing, the present step in black; raises ValueError for an unknown step."
     if here and here not in (*STEPS, *FLOORS):
         raise ValueError(f"here={here!r}; expected one of {', '.join((*STEPS, *FLOORS))}")
     figure, ax = plt.subplots(figsize=(10, 2.6), layout="constrained")
     at = {name: (1.85 * column, float(row)) for name, (column, row) in STEPS.items()}
-    boxes = {name: _box(ax, *xy, f"{i} {name}", name == here, 1.15) for i, (name, xy) in enumerate(at.items())}
+    boxes = {step: _box(ax, *at[step], f"{i} {step}", step == here, 1.15) for i, step in enumerate(at)}
     for (a, b), word in _ARROWS.items():
-        style = dict(arrowstyle="-|>", color="dimgrey", patchA=boxes[a], patchB=boxes[b], shrinkA=1, shrinkB=1)
-        ax.annotate("", at[b], at[a], arrowprops=style)
+        style = dict(arrowstyle="-|>", color="dimgrey", shrinkA=1, shrinkB=1)
+        ax.annotate("", at[b], at[a], arrowprops=style | dict(patchA=boxes[a], patchB=boxes[b]))
         x, y = [(p + q) / 2 for p, q in zip(at[a], at[b])]
         if at[a][1] == at[b][1]: y += 0.14  # above a level arrow, which is short
-        ax.text(x, y, word, fontsize=8, ha="center", va="center", bbox=dict(fc="white", ec="none", pad=1), zorder=4)
+        ax.text(x, y, word, size=8, ha="center", va="center", zorder=4,
+                bbox=dict(fc="white", ec="none", pad=1))
     for i, (name, question) in enumerate(FLOORS.items()):
         _box(ax, 2.2 + 4.9 * i, -0.9, f"{name}: {question}", name == here, 4.6)
     ax.set(xlim=(-0.65, 9.9), ylim=(-1.2, 2.3))
@@ -58,14 +62,15 @@ def refused(
     *args: Any,  # what it is called with
     **options: Any,
 ) -> None:
-    "Show how a call is refused: prints the ValueError (or its kin); raises AssertionError if the call goes through."
+    "Make a call that must fail and print its error; raises AssertionError if the call goes through."
     try: function(*args, **options)
-    except (ValueError, IndexError, KeyError, TypeError, OSError) as error: print(f"{type(error).__name__}: {error}")
+    except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
+        print(f"{type(error).__name__}: {error}")
     else: raise AssertionError(f"{getattr(function, '__name__', function)} should have refused this")
 
 # %% ../nbs/appendix/course.ipynb #c0000019
 def refuses(
-    check: Callable[[Callable], object],  # the check of an exercise: takes an answer, raises AssertionError
+    check: Callable[[Callable], object],  # an exercise's check: raises AssertionError for a wrong answer
     *answers: Callable,  # wrong answers
 ) -> None:
     "Show that a check refuses wrong answers; raises AssertionError if one of them passes."
