@@ -36,7 +36,8 @@ def embed_shard(
     if not samples or len(skipped) > max_skipped * (len(samples) + len(skipped)):
         first, total = dict(itertools.islice(skipped.items(), 3)), len(samples) + len(skipped)
         raise ValueError(f"{url}: {len(skipped)} of {total} samples are unusable, more than the "
-                         f"share {max_skipped}; the first: {first}; mend the shard or raise the limit")
+                         f"share {max_skipped}; the first: {first}; "
+                         "mend the shard or raise the limit")
     captions = [s.caption for s in samples]
     meta = dict(shard=shard_name(url), keys=json.dumps([s.key for s in samples]),
                 skipped=json.dumps(skipped),
