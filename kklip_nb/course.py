@@ -42,7 +42,8 @@ def pipeline_map(
         raise ValueError(f"here={here!r}; expected one of {', '.join((*STEPS, *FLOORS))}")
     figure, ax = plt.subplots(figsize=(10, 2.6), layout="constrained")
     at = {name: (1.85 * column, float(row)) for name, (column, row) in STEPS.items()}
-    boxes = {step: _box(ax, *at[step], f"{i} {step}", step == here, 1.15) for i, step in enumerate(at)}
+    boxes = {name: _box(ax, *xy, f"{i} {name}", name == here, 1.15)
+             for i, (name, xy) in enumerate(at.items())}
     for (a, b), word in _ARROWS.items():
         style = dict(arrowstyle="-|>", color="dimgrey", shrinkA=1, shrinkB=1)
         ax.annotate("", at[b], at[a], arrowprops=style | dict(patchA=boxes[a], patchB=boxes[b]))
@@ -62,15 +63,15 @@ def refused(
     *args: Any,  # what it is called with
     **options: Any,
 ) -> None:
-    "Make a call that must fail and print its error; raises AssertionError if the call goes through."
+    "Make a call that must fail, print its error; raises AssertionError if the call goes through."
     try: function(*args, **options)
     except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
         print(f"{type(error).__name__}: {error}")
-    else: raise AssertionError(f"{getattr(function, '__name__', function)} should have refused this")
+    else: raise AssertionError(f"{getattr(function, '__name__', function)} should refuse this")
 
 # %% ../nbs/appendix/course.ipynb #c0000019
 def refuses(
-    check: Callable[[Callable], object],  # an exercise's check: raises AssertionError for a wrong answer
+    check: Callable[[Callable], object],  # an exercise's check: AssertionError for a wrong answer
     *answers: Callable,  # wrong answers
 ) -> None:
     "Show that a check refuses wrong answers; raises AssertionError if one of them passes."

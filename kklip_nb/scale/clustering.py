@@ -35,18 +35,20 @@ def nearest_of(
     "Nearest centroids by one product in float32, on as many threads as BLAS has."
     scores = 2 * points @ centroids.T - np.square(centroids).sum(1)
     nearest = scores.argmax(1)
-    return nearest, np.maximum(np.square(points).sum(1) - scores[np.arange(len(points)), nearest], 0)
+    squared = np.square(points).sum(1) - scores[np.arange(len(points)), nearest]
+    return nearest, np.maximum(squared, 0)
 
 
 def add_up(
     points: np.ndarray,  # (m, d) float32, one slice, scaled
     centroids: np.ndarray,  # (k, d) float32
-    sums: np.ndarray,  # (k, d) float64, changed in place: the sum of the points nearest to each centroid
+    sums: np.ndarray,  # (k, d) float64, changed in place: the sum of each centroid's points
     counts: np.ndarray,  # (k,) int64, changed in place: their number
 ) -> None:
     "One slice of a step of k-means: what each centroid's next place is made of."
     nearest, ones = nearest_of(points, centroids)[0], np.ones(len(points), np.float32)
-    sums += csr_array((ones, (nearest, np.arange(len(points)))), shape=(len(centroids), len(points))) @ points
+    places = nearest, np.arange(len(points))
+    sums += csr_array((ones, places), shape=(len(centroids), len(points))) @ points
     counts += np.bincount(nearest, minlength=len(centroids))
 
 # %% ../../nbs/scale/03_clustering.ipynb #f923c8cc
@@ -57,7 +59,8 @@ def draw_rows(
     seed: int,
 ) -> np.ndarray:  # (count, d) float32, scaled
     "Rows drawn at random over all sidecars, without replacement."
-    picks = np.sort(np.random.default_rng(seed).permutation(sum(s.shape[0] for s in sidecars))[:count])
+    total = sum(s.shape[0] for s in sidecars)
+    picks = np.sort(np.random.default_rng(seed).permutation(total)[:count])
     drawn, place = np.empty((len(picks), sidecars[0].shape[1]), np.float32), 0
     for piece in (piece for s in sidecars for piece in slices_of(s, 4096)):
         mine = (picks >= place) & (picks < place + len(piece))
@@ -71,8 +74,8 @@ def spread_out(
     k: int,  # number of concepts
     seed: int,
     slices: int = 1,  # the sample is gone through in so many
-) -> tuple[np.ndarray, np.ndarray]:  # (c, d) float32 candidates, c up to 4k; (c,) how many rows each stands for
-    "k-means||: draw k rows at a time, far ones sooner, and move each to the mean of the rows nearest to it."
+) -> tuple[np.ndarray, np.ndarray]:  # (c, d) float32 candidates, c up to 4k; (c,) rows of each
+    "k-means||: draw k rows at a time, far ones sooner; move each to the mean of its rows."
     rng, far = np.random.default_rng(seed), np.full(len(sample), np.inf)
     picks = new = rng.choice(len(sample), k, replace=False)
     for _ in range(3):
@@ -80,13 +83,14 @@ def spread_out(
         far = np.minimum(far, np.concatenate(to_new))
         far[new] = 0
         if not far.any(): break  # fewer different rows than concepts
-        new = rng.choice(len(sample), min(k, np.count_nonzero(far)), replace=False, p=far / far.sum(dtype=np.float64))
+        count, chance = min(k, np.count_nonzero(far)), far / far.sum(dtype=np.float64)
+        new = rng.choice(len(sample), count, replace=False, p=chance)
         picks = np.concatenate([picks, new])
     candidates = sample[picks]
     sums, counts = np.zeros(candidates.shape), np.zeros(len(candidates), int)
     for part in np.array_split(sample, slices): add_up(part, candidates, sums, counts)
     sums /= np.maximum(counts, 1)[:, None]
-    np.copyto(candidates, sums, "same_kind", where=(counts > 0)[:, None])  # no further copy in memory
+    np.copyto(candidates, sums, "same_kind", where=(counts > 0)[:, None])  # without another copy
     return candidates, counts
 
 # %% ../../nbs/scale/03_clustering.ipynb #5e020013
@@ -96,13 +100,15 @@ def first_centroids(
     k: int,  # number of concepts
     seed: int,
 ) -> np.ndarray:  # (k, d) float32
-    "k-means over candidates, then over a sample of 32 rows a concept; on one thread, so that a seed gives one start."
+    "k-means over candidates, then over 32 rows a concept; one thread, so a seed gives one start."
     sample = draw_rows(sidecars, scale, 32 * k, seed)
     candidates, weights = spread_out(sample, k, seed, slices=-(-len(sample) // 2048))
-    with threadpool_limits(1):  # float64, since scikit-learn converts float32 at each step; tol=0 spares copies
-        picked = KMeans(k, n_init=1, tol=0, random_state=seed).fit(candidates.astype(float), sample_weight=weights)
+    with threadpool_limits(1):  # float64: scikit-learn would convert float32 at each step
+        picked = KMeans(k, n_init=1, tol=0, random_state=seed)
+        picked.fit(candidates.astype(float), sample_weight=weights)
         start = picked.cluster_centers_.astype(np.float32)
-        return KMeans(k, init=start, n_init=1, max_iter=10, tol=0, copy_x=False).fit(sample).cluster_centers_
+        last = KMeans(k, init=start, n_init=1, max_iter=10, tol=0, copy_x=False)
+        return last.fit(sample).cluster_centers_
 
 # %% ../../nbs/scale/03_clustering.ipynb #0d9d1e57
 def _move(state: dict[str, np.ndarray]) -> None:
@@ -127,30 +133,40 @@ def _load(path: str | Path, what: str) -> tuple[dict[str, np.ndarray], dict[str,
         with safe_open(path, framework="numpy") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     except Exception as error:
-        raise ValueError(f"{path} holds no {what} ({error}); delete it and cluster again") from error
+        advice = "delete it and cluster again"
+        raise ValueError(f"{path} holds no {what} ({error}); {advice}") from error
 
 # %% ../../nbs/scale/03_clustering.ipynb #fd7508b2
-def _start(sidecars: Sequence[Sidecar], k: int, seed: int, normalise: str, rows: int) -> dict[str, np.ndarray]:
+def _start(
+    sidecars: Sequence[Sidecar], k: int, seed: int, normalise: str, rows: int,
+) -> dict[str, np.ndarray]:
     "The state before the first pass."
     total = sum(s.shape[0] for s in sidecars)
-    if not 1 <= k <= total: raise ValueError(f"k={k} concepts from {total} captions; expected 1 <= k <= {total}")
+    if not 1 <= k <= total:
+        raise ValueError(f"k={k} concepts from {total} captions; expected 1 <= k <= {total}")
     scale = fit_scale((piece for s in sidecars for piece in slices_of(s, rows)), normalise)
     centroids = first_centroids(sidecars, scale, k, seed)
-    return dict(mean=scale.mean, length=np.array([scale.length]), inertia=np.zeros(1), done=np.zeros(1, int),
+    return dict(mean=scale.mean, length=np.array([scale.length]),
+                inertia=np.zeros(1), done=np.zeros(1, int),
                 centroids=centroids, sums=np.zeros(centroids.shape), counts=np.zeros(k, int))
 
-
-def _fit(sidecars: Sequence[Sidecar], settings: dict, state_path: Path, save_every: float, progress: bool) -> Concepts:
+# %% ../../nbs/scale/03_clustering.ipynb #fd7508b3
+def _fit(
+    sidecars: Sequence[Sidecar], settings: dict, state_path: Path, save_every: float,
+    progress: bool,
+) -> Concepts:
     "The start, or what a killed run has left; then the passes."
     from tqdm.auto import tqdm
     k, seed, normalise, passes, rows = settings.values()
     meta, saved = _meta(sidecars, settings), time.monotonic()
     if state_path.exists():
         state, found = _load(state_path, "state of a fit")
-        check_found(state_path, found, meta, "it is of another run: use another folder, or delete it")
+        advice = "it is of another run: use another folder, or delete it"
+        check_found(state_path, found, meta, advice)
     else: state = _start(sidecars, k, seed, normalise, rows)
     scale, order = Scale(state["mean"], float(state["length"][0]), normalise), [*sidecars] * passes
-    for place in tqdm(range(int(state["done"][0]), len(order)), desc="k-means", unit="shard", disable=not progress):
+    places = range(int(state["done"][0]), len(order))
+    for place in tqdm(places, desc="k-means", unit="shard", disable=not progress):
         for piece in slices_of(order[place], rows):
             add_up(apply_scale(piece, scale), state["centroids"], state["sums"], state["counts"])
         if (place + 1) % len(sidecars) == 0: _move(state)
@@ -158,7 +174,8 @@ def _fit(sidecars: Sequence[Sidecar], settings: dict, state_path: Path, save_eve
         if time.monotonic() - saved >= save_every:
             save_tensors(state_path, state, meta)
             saved = time.monotonic()
-    return Concepts(state["centroids"], np.empty(0, np.int64), float(state["inertia"][0]), scale, meta)
+    inertia, nobody = float(state["inertia"][0]), np.empty(0, np.int64)
+    return Concepts(state["centroids"], nobody, inertia, scale, meta)
 
 # %% ../../nbs/scale/03_clustering.ipynb #30504a10
 def _crc32(tensors: dict[str, np.ndarray]) -> str:
@@ -183,9 +200,11 @@ def load_concepts(
     if not Path(path).exists(): raise FileNotFoundError(f"no concepts at {path}; cluster first")
     tensors, meta = _load(path, "concepts")
     if meta.pop("crc32", "") != _crc32(tensors):
-        raise ValueError(f"{path} holds no concepts (its checksum is wrong); delete it and cluster again")
+        advice = "delete it and cluster again"
+        raise ValueError(f"{path} holds no concepts (its checksum is wrong); {advice}")
     scale = Scale(tensors["mean"], float(tensors["length"][0]), meta["normalise"])
-    return Concepts(tensors["centroids"], np.empty(0, np.int64), float(tensors["inertia"][0]), scale, meta)
+    inertia, nobody = float(tensors["inertia"][0]), np.empty(0, np.int64)
+    return Concepts(tensors["centroids"], nobody, inertia, scale, meta)
 
 # %% ../../nbs/scale/03_clustering.ipynb #e5916b81
 def cluster_shards(
@@ -199,14 +218,17 @@ def cluster_shards(
     save_every: float = 60,  # seconds between two writings of the state
     progress: bool = False,  # show a bar
 ) -> Concepts:
-    "k-means over all sidecars; the same seed and shards give the same concepts, killed between or not."
+    "k-means over all sidecars: a seed and shards give the same concepts, killed between or not."
     path, state_path = Path(folder) / "concepts.safetensors", Path(folder) / "state.safetensors"
     settings = dict(k=k, seed=seed, normalise=normalise, passes=passes, rows=rows)
     with run_lock(Path(folder) / ".cluster.lock"):
         for file in (path, state_path): remove_parts(file)
-        if not path.exists(): save_concepts(path, _fit(sidecars, settings, state_path, save_every, progress))
+        if not path.exists():
+            concepts = _fit(sidecars, settings, state_path, save_every, progress)
+            save_concepts(path, concepts)
         concepts = load_concepts(path)
-        check_found(path, concepts.meta, _meta(sidecars, settings), "use another folder, or delete it")
+        advice = "use another folder, or delete it"
+        check_found(path, concepts.meta, _meta(sidecars, settings), advice)
         state_path.unlink(missing_ok=True)
     return concepts
 
@@ -223,16 +245,23 @@ def join_shard(
     sidecar: Sidecar,  # its embeddings
     concepts: Concepts,  # what load_concepts read
 ) -> Joined:
-    "Pictures, captions and targets of one shard; raises an error that names shard and key where they do not fit."
+    "A shard's pictures, captions and targets; an error names shard and key if they do not fit."
     wanted = {k: concepts.meta.get(k) for k in sidecar.provenance()}
-    check_found(sidecar.path, sidecar.provenance(), wanted, "the concepts are of another teacher: cluster again")
-    by_key, skipped = {s["__key__"]: s for s in read_shard(url)}, json.loads(sidecar.meta["skipped"])
-    for ours, theirs in itertools.zip_longest(sidecar.keys, (k for k in by_key if k not in skipped)):
+    advice = "the concepts are of another teacher: cluster again"
+    check_found(sidecar.path, sidecar.provenance(), wanted, advice)
+    by_key = {s["__key__"]: s for s in read_shard(url)}
+    skipped = json.loads(sidecar.meta["skipped"])
+    used = (k for k in by_key if k not in skipped)
+    for ours, theirs in itertools.zip_longest(sidecar.keys, used):
         if ours != theirs:
-            raise ValueError(f"{sidecar.path} has key {ours} where shard {sidecar.shard} has {theirs}; embed it again")
-    samples, bad = usable_samples([by_key[k] for k in sidecar.keys], whole=False)  # decoded when embedded
-    for key, reason in bad.items(): raise ValueError(f"shard {sidecar.shard}, key {key}: {reason}; embed it again")
+            raise ValueError(f"{sidecar.path} has key {ours} where shard {sidecar.shard} "
+                             f"has {theirs}; embed it again")
+    wanted = [by_key[k] for k in sidecar.keys]
+    samples, bad = usable_samples(wanted, whole=False)  # decoded when embedded
+    for key, reason in bad.items():
+        raise ValueError(f"shard {sidecar.shard}, key {key}: {reason}; embed it again")
     for sample, crc in zip(samples, json.loads(sidecar.meta["crc32"]), strict=True):
         if zlib.crc32(sample.caption.encode()) != crc:
-            raise ValueError(f"shard {sidecar.shard}, key {sample.key}: another caption was embedded; embed it again")
+            raise ValueError(f"shard {sidecar.shard}, key {sample.key}: "
+                             "another caption was embedded; embed it again")
     return Joined(sidecar.shard, samples, apply_scale(read_rows(sidecar), concepts.scale))

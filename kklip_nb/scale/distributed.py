@@ -38,19 +38,21 @@ def _device(local_rank: int) -> torch.device:
     "This process's GPU, with TF32 in its matrix products; else the CPU."
     if not torch.cuda.is_available(): return torch.device("cpu")
     if local_rank >= (count := torch.cuda.device_count()):
-        raise ValueError(f"process {local_rank} has no GPU of its own, this machine has {count}; start one a GPU")
+        raise ValueError(f"process {local_rank} has no GPU of its own, this machine has {count}; "
+                         "start one a GPU")
     torch.cuda.set_device(local_rank)
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", local_rank)
 
-
+# %% ../../nbs/scale/05_distributed.ipynb #a06dee6b
 @contextmanager
 def start_world() -> Iterator[World]:
-    "Join the processes that torchrun has started; alone, nothing is started. An error says in which process it arose."
+    "Join the processes that torchrun started, if any. An error says in which process it arose."
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size > 1:  # the others wait while the first evaluates on held-out shards
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     try: yield World(rank, world_size, device)
     except Exception as error:
         if world_size > 1: error.add_note(f"in process {rank} of {world_size}")
@@ -62,8 +64,8 @@ def gather_global(
     image_features: torch.Tensor,  # (n, d) of this process
     text_features: torch.Tensor,  # (n, d) of this process
     world: World,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (world_size * n, d) each, of all processes in order of rank
-    "open_clip's gather with gradient; every process must bring the same n. Alone, the features themselves."
+) -> tuple[torch.Tensor, torch.Tensor]:  # (world_size * n, d) each, in order of rank
+    "open_clip's gather with gradient; every process brings the same n. Alone, no change."
     if world.world_size == 1: return image_features, text_features
     who = dict(rank=world.rank, world_size=world.world_size)
     return gather_features(image_features, text_features, gather_with_grad=True, **who)
@@ -73,12 +75,13 @@ def start_student(
     recipe: Recipe,
     data: ShardData,
     world: World,
-    grad_checkpointing: bool = False,  # forget activations and compute them again: less memory, more time
+    grad_checkpointing: bool = False,  # compute activations twice: less memory, more time
     compile: bool = False,  # torch.compile of both towers: a slow start, and on a GPU faster steps
 ) -> Student:
     "The recipe's student on this process's device, the same in all of them."
-    student = build_student(recipe.student, recipe.pretrained, data.sidecars[0].shape[1], len(data.concepts.centroids),
-                            recipe.imagenet, recipe.train_image, recipe.seed, recipe.projection).to(world.device)
+    width, k = data.sidecars[0].shape[1], len(data.concepts.centroids)
+    student = build_student(recipe.student, recipe.pretrained, width, k, recipe.imagenet,
+                            recipe.train_image, recipe.seed, recipe.projection).to(world.device)
     student.clip.set_grad_checkpointing(grad_checkpointing)
     towers = (student.clip.visual, getattr(student.clip, "text", student.clip).transformer)
     for tower in towers if compile else (): tower.compile()
@@ -92,10 +95,12 @@ class Losses(nn.Module):
         super().__init__()
         self.student = student
 
-    def forward(self, batch: Inputs, recipe: Recipe, gather: Callable) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(
+        self, batch: Inputs, recipe: Recipe, gather: Callable,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return compute_losses(self.student, batch, recipe, gather=gather)
 
-
+# %% ../../nbs/scale/05_distributed.ipynb #d70e1fc8
 def wrap(
     student: Student,
     world: World,
@@ -106,16 +111,18 @@ def wrap(
     if learns_norms(student):
         if world.device.type != "cuda":
             raise ValueError("BatchNorm that learns needs GPUs, one process, or pretrained weights")
-        convert_sync_batchnorm(student)  # timm's: torch's own drops the activation inside its BatchNormAct2d
+        convert_sync_batchnorm(student)  # timm's: torch's own drops BatchNormAct2d's activation
     unused = recipe.concept_on not in ("both", "concat")
-    return DistributedDataParallel(Losses(student), broadcast_buffers=False, find_unused_parameters=unused)
+    options = dict(broadcast_buffers=False, find_unused_parameters=unused)
+    return DistributedDataParallel(Losses(student), **options)
 
 
 def learns_norms(
     student: nn.Module,
 ) -> bool:  # does a BatchNorm of it take its statistics from the batch?
     "A student from scratch with BatchNorm does; one with pretrained weights keeps theirs."
-    return any(m.training for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    kind = nn.modules.batchnorm._BatchNorm
+    return any(m.training for m in student.modules() if isinstance(m, kind))
 
 # %% ../../nbs/scale/05_distributed.ipynb #d2bba057
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -125,10 +132,13 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 @torch.no_grad()
-def _features(student: Student, batch: Inputs, world: World, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _features(
+    student: Student, batch: Inputs, world: World, precision: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "The gathered features of one micro-batch, without a graph."
     with _autocast(world.device, precision):
-        return gather_global(student.encode_image(batch.images), student.encode_text(batch.tokens), world)
+        image_features = student.encode_image(batch.images)
+        return gather_global(image_features, student.encode_text(batch.tokens), world)
 
 # %% ../../nbs/scale/05_distributed.ipynb #e4a0f2bf
 def backward_global(
@@ -137,11 +147,12 @@ def backward_global(
     recipe: Recipe,
     world: World,
     precision: str = "fp32",  # 'fp32', or 'bf16' or 'fp16' for autocast
-    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,  # of a GradScaler, for 'fp16'
-) -> dict[str, torch.Tensor]:  # the three losses and the total, means over this process's micro-batches
-    "Gradients of the loss over the global batch: all micro-batches of all processes are each other's negatives."
+    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,  # a GradScaler's
+) -> dict[str, torch.Tensor]:  # three losses and total, means over this process's micro-batches
+    "Gradients over the global batch: all micro-batches of all processes are negatives."
     student, m = getattr(model, "module", model).student, len(micro_batches)
-    kept = [_features(student, batch, world, precision) for batch in micro_batches] if m > 1 else [()]
+    whole = [()]  # in one piece there is nothing to keep
+    kept = [_features(student, b, world, precision) for b in micro_batches] if m > 1 else whole
     shared = dataclasses.replace(recipe, alpha=recipe.alpha / m, beta=recipe.beta / m)
     means: dict[str, torch.Tensor] = {}
     for j, batch in enumerate(micro_batches):
@@ -177,7 +188,7 @@ def global_step(
     precision: str = "fp32",  # 'fp32', 'bf16' or 'fp16'
     max_norm: float | None = None,  # a longer gradient is shortened to this
     scaler: torch.amp.GradScaler | None = None,  # for 'fp16'; one that is not enabled does nothing
-) -> dict[str, float]:  # total and the three losses, means over all processes; gradient_norm, not finite if skipped
+) -> dict[str, float]:  # total and losses, means over all; gradient_norm, not finite if skipped
     "train_step of the training notebook over all processes."
     student = getattr(model, "module", model).student
     norms = [(b, b.clone()) for b in student.buffers()] if learns_norms(student) else []

@@ -27,7 +27,7 @@ from ..tools import check_found
 def embed_shard(
     url: str,  # a shard
     path: str | Path,  # its sidecar, made whole or not at all
-    embed: Callable[[list[str]], np.ndarray],  # n captions → (n, d), such as embed_captions with its teacher
+    embed: Callable[[list[str]], np.ndarray],  # n captions → (n, d), as embed_captions does
     max_skipped: float = 0.01,  # share of a shard's samples that may be unusable
     **provenance: Any,  # teacher, pooling, layer, prompt
 ) -> tuple[int, dict[str, str]]:  # samples embedded; key → reason of each that was skipped
@@ -35,10 +35,12 @@ def embed_shard(
     samples, skipped = usable_samples(read_shard(url))
     if not samples or len(skipped) > max_skipped * (len(samples) + len(skipped)):
         first, total = dict(itertools.islice(skipped.items(), 3)), len(samples) + len(skipped)
-        raise ValueError(f"{url}: {len(skipped)} of {total} samples are unusable, more than the share {max_skipped}; "
-                         f"the first: {first}; mend the shard or raise the limit")
+        raise ValueError(f"{url}: {len(skipped)} of {total} samples are unusable, more than the "
+                         f"share {max_skipped}; the first: {first}; "
+                         "mend the shard or raise the limit")
     captions = [s.caption for s in samples]
-    meta = dict(shard=shard_name(url), keys=json.dumps([s.key for s in samples]), skipped=json.dumps(skipped),
+    meta = dict(shard=shard_name(url), keys=json.dumps([s.key for s in samples]),
+                skipped=json.dumps(skipped),
                 crc32=json.dumps([zlib.crc32(c.encode()) for c in captions]),
                 folded=json.dumps([zlib.crc32(fold_caption(c).encode()) for c in captions]))
     try: save_embeddings(path, embed(captions), captions, **provenance, **meta)
@@ -55,10 +57,10 @@ class Sidecar(NamedTuple):
     shard: str  # name of its shard
     keys: list[str]  # n keys in shard order
     shape: tuple[int, int]  # (n, d)
-    meta: dict[str, str]  # all of the header: captions, crc32 of each, also of each folded, skipped, and the provenance
+    meta: dict[str, str]  # all of the header: captions, crc32 and folded, skipped, provenance
 
     def provenance(self) -> dict[str, str | None]:
-        "Teacher, pooling, layer, prompt, and the width of its vectors: alike in all sidecars that belong together."
+        "Teacher, pooling, layer, prompt and width: alike in all sidecars that belong together."
         return {k: self.meta.get(k) for k in PROVENANCE} | dict(width=str(self.shape[1]))
 
 # %% ../../nbs/scale/02_embeddings.ipynb #36ec5647
@@ -67,17 +69,22 @@ def open_sidecar(
 ) -> Sidecar:
     "Read the header alone; raises FileNotFoundError, or ValueError for a file that is no sidecar."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"shard {path.stem} has no embeddings: {path} is missing; embed it")
+    if not path.exists():
+        raise FileNotFoundError(f"shard {path.stem} has no embeddings: {path} is missing; embed it")
     try:
         with safe_open(path, framework="numpy") as file:
             meta, shape = file.metadata(), tuple(file.get_slice("embeddings").get_shape())
-        keys, skipped, crc32, folded = (json.loads(meta[k]) for k in ("keys", "skipped", "crc32", "folded"))
+        entries = [json.loads(meta[k]) for k in ("keys", "skipped", "crc32", "folded")]
+        keys, skipped, crc32, folded = entries
         kinds = [*map(type, (keys, skipped, crc32, folded, meta["captions"], shape[1]))]
         if kinds != [list, dict, list, list, str, int]: raise TypeError(f"entries are {kinds}")
-        if not shape[0] == len(keys) == len(set(keys)) == len(crc32) == len(folded): raise ValueError(f"{shape[0]} rows")
+        if not shape[0] == len(keys) == len(set(keys)) == len(crc32) == len(folded):
+            raise ValueError(f"{shape[0]} rows")
     except Exception as error:
-        raise ValueError(f"{path} is no sidecar of embeddings ({error!r}); delete it and embed again") from error
-    check_found(path, meta, dict(shard=path.stem), "it was renamed or copied: delete it and embed again")
+        advice = "delete it and embed again"
+        raise ValueError(f"{path} is no sidecar of embeddings ({error!r}); {advice}") from error
+    advice = "it was renamed or copied: delete it and embed again"
+    check_found(path, meta, dict(shard=path.stem), advice)
     return Sidecar(path, path.stem, keys, shape, meta)
 
 # %% ../../nbs/scale/02_embeddings.ipynb #05133ec8
@@ -85,11 +92,28 @@ def open_sidecars(
     folder: str | Path,  # where the sidecars lie
     shards: Sequence[str],  # names or URLs of the shards: each must have one
 ) -> list[Sidecar]:
-    "The headers of all sidecars; raises an error that names the first missing one, or one of another teacher."
+    "The headers of all sidecars; an error names the first that is missing or made otherwise."
     names = [s.removesuffix(".tar") if "/" not in s else shard_name(s) for s in map(str, shards)]
     sidecars = [open_sidecar(Path(folder) / f"{name}.safetensors") for name in names]
-    for s in sidecars: check_found(s.path, s.provenance(), sidecars[0].provenance(), "embed all shards in one way")
+    wanted = sidecars[0].provenance()
+    for s in sidecars: check_found(s.path, s.provenance(), wanted, "embed all shards in one way")
     return sidecars
+
+# %% ../../nbs/scale/02_embeddings.ipynb #ca7d9ae0
+def _check_sharing(folder: Path, world_size: int) -> None:
+    "An error if another run shares the shards of this folder out among more or fewer workers."
+    for other in folder.glob(".embed-*.lock"):
+        if not other.name.endswith(f"-of-{world_size}.lock"):
+            with run_lock(other, wait=10): pass
+
+
+def _is_done(path: Path, provenance: dict[str, Any]) -> bool:
+    "Is this sidecar there? Raises ValueError if it was made otherwise."
+    remove_parts(path)
+    if not path.exists(): return False
+    wanted = {k: str(v) for k, v in provenance.items()}
+    check_found(path, open_sidecar(path).meta, wanted, "use another folder, or delete it")
+    return True
 
 # %% ../../nbs/scale/02_embeddings.ipynb #ca7d9ae1
 def embed_shards(
@@ -100,27 +124,26 @@ def embed_shards(
     world_size: int = 1,  # how many workers there are
     max_skipped: float = 0.01,  # share of a shard's samples that may be unusable
     progress: bool = False,  # show a bar with captions a second and the time left
-    **provenance: Any,  # teacher, pooling, layer, prompt: sidecars that are there must have the same
+    **provenance: Any,  # teacher, pooling, layer, prompt: must be those of sidecars already there
 ) -> dict[str, int]:  # shards, captions and skipped, of this call
     "Embed this worker's shards, one after the other; those that are done are left alone."
     from tqdm.auto import tqdm
-    if not 0 <= rank < world_size: raise ValueError(f"rank={rank} of world_size={world_size}; expected less")
-    folder, done, started = Path(folder), Counter(shards=0, captions=0, skipped=0), time.perf_counter()
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} of world_size={world_size}; expected less")
+    folder, started = Path(folder), time.perf_counter()
+    done = Counter(shards=0, captions=0, skipped=0)
     with run_lock(folder / f".embed-{rank}-of-{world_size}.lock"):
-        for other in folder.glob(".embed-*.lock"):  # a run that shares the shards out otherwise must not be at work
-            if not other.name.endswith(f"-of-{world_size}.lock"):
-                with run_lock(other, wait=10): pass
-        for url in (bar := tqdm(urls[rank::world_size], desc="embed", unit="shard", disable=not progress)):
+        _check_sharing(folder, world_size)
+        mine = urls[rank::world_size]
+        for url in (bar := tqdm(mine, desc="embed", unit="shard", disable=not progress)):
             path = folder / f"{shard_name(url)}.safetensors"
-            remove_parts(path)
-            if path.exists():
-                wanted = {k: str(v) for k, v in provenance.items()}
-                check_found(path, open_sidecar(path).meta, wanted, "use another folder, or delete it")
-                continue
+            if _is_done(path, provenance): continue
             count, skipped = embed_shard(url, path, embed, max_skipped, **provenance)
-            for key, reason in skipped.items(): bar.write(f"skipped {key!r} of shard {path.stem}: {reason}")
+            for key, why in skipped.items():
+                bar.write(f"skipped {key!r} of shard {path.stem}: {why}")
             done.update(shards=1, captions=count, skipped=len(skipped))
-            bar.set_postfix(captions_per_s=round(done["captions"] / (time.perf_counter() - started), 1))
+            speed = done["captions"] / (time.perf_counter() - started)
+            bar.set_postfix(captions_per_s=round(speed, 1))
     return dict(done)
 
 # %% ../../nbs/scale/02_embeddings.ipynb #0e4a597c
@@ -129,16 +152,18 @@ def read_rows(
     start: int = 0,  # first row
     stop: int | None = None,  # behind the last row; None: all
 ) -> np.ndarray:  # (stop - start, d) float32
-    "Some rows of a sidecar, the rest stays on disk; raises ValueError that names shard and key of a NaN."
+    "Some rows of a sidecar, the rest stays on disk; a ValueError names shard and key of a NaN."
     try:
         with safe_open(sidecar.path, framework="numpy") as file:
             rows = file.get_slice("embeddings")[start:stop].astype(np.float32)
     except Exception as error:
-        raise ValueError(f"cannot read {sidecar.path} ({error}); embed shard {sidecar.shard} again") from error
+        advice = f"embed shard {sidecar.shard} again"
+        raise ValueError(f"cannot read {sidecar.path} ({error}); {advice}") from error
     bad = np.flatnonzero(~np.isfinite(rows).all(1))
     if len(bad):
         where = f"shard {sidecar.shard}, key {sidecar.keys[start + bad[0]]}"
-        raise ValueError(f"{where}: its embedding holds NaN or infinite values; delete {sidecar.path} and embed again")
+        raise ValueError(f"{where}: its embedding holds NaN or infinite values; "
+                         f"delete {sidecar.path} and embed again")
     return rows
 
 # %% ../../nbs/scale/02_embeddings.ipynb #42b41fd1

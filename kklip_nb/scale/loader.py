@@ -60,13 +60,16 @@ def open_data(
     embeddings_folder: str | Path,  # their sidecars
     concepts_folder: str | Path,  # where cluster_shards put concepts.safetensors
 ) -> ShardData:
-    "Open all headers; raises an error that names the first sidecar that is missing or of another teacher."
-    sidecars, path = open_sidecars(embeddings_folder, urls), Path(concepts_folder) / "concepts.safetensors"
+    "Open all headers; an error names the first sidecar that is missing or of another teacher."
+    sidecars = open_sidecars(embeddings_folder, urls)
+    path = Path(concepts_folder) / "concepts.safetensors"
     concepts, provenance = load_concepts(path), sidecars[0].provenance()
-    check_found(path, concepts.meta, provenance, "the embeddings are of another teacher: cluster again")
+    advice = "the embeddings are of another teacher: cluster again"
+    check_found(path, concepts.meta, provenance, advice)
     read = "".join([file_hash(path), *(s.shard + s.meta["captions"] for s in sidecars)])
     captions = [np.array(json.loads(s.meta["folded"]), dtype=np.int64) for s in sidecars]
-    return ShardData(list(urls), sidecars, captions, concepts, hashlib.sha256(read.encode()).hexdigest()[:16])
+    key = hashlib.sha256(read.encode()).hexdigest()[:16]
+    return ShardData(list(urls), sidecars, captions, concepts, key)
 
 # %% ../../nbs/scale/04_loader.ipynb #43d51ea2
 def lay_out(
@@ -76,12 +79,15 @@ def lay_out(
 ) -> np.ndarray:  # (n, 2) shard and row of each pair
     "All pairs of an epoch end to end: the shards in random order, and so the rows within each."
     order = np.random.default_rng([seed, epoch]).permutation(len(sizes))
-    rows = [np.random.default_rng([seed, epoch, shard]).permutation(sizes[shard]) for shard in order]
+    draws = [np.random.default_rng([seed, epoch, shard]) for shard in order]
+    rows = [rng.permutation(sizes[shard]) for rng, shard in zip(draws, order)]
     return np.stack([np.repeat(order, [len(r) for r in rows]), np.concatenate(rows)], axis=1)
 
 # %% ../../nbs/scale/04_loader.ipynb #6814c199
-def _take(waiting: deque, fresh: Iterator[int], captions: list[int], used: set[int], count: int) -> list[int]:
-    "The next pairs whose captions are not in `used` yet, at most `count`; the others wait on, in their order."
+def _take(
+    waiting: deque, fresh: Iterator[int], captions: list[int], used: set[int], count: int,
+) -> list[int]:
+    "At most `count` next pairs whose captions are not in `used` yet; others wait, in their order."
     taken, later = [], []
     while len(taken) < count:
         pair = waiting.popleft() if waiting else next(fresh, None)
@@ -99,7 +105,7 @@ def deal_epoch(
     seed: int,
     epoch: int,
 ) -> np.ndarray:  # (steps, streams, size, 2) shard and row
-    "Batches without a caption twice. Each pair comes once, but for copies of frequent captions and a few to fill up."
+    "Batches without a caption twice. Each pair comes once, but for copies and a few to fill up."
     pairs = lay_out([len(c) for c in captions], seed, epoch)
     starts = np.cumsum([0, *map(len, captions)])
     ids = np.concatenate(captions)[starts[pairs[:, 0]] + pairs[:, 1]].tolist()
@@ -123,12 +129,16 @@ def check_batch(
 ) -> int:  # pairs of a part
     "The door: raises ValueError where batch, streams, processes and captions do not fit."
     n, kinds = recipe.batch_size, len(np.unique(np.concatenate(data.captions)))
-    if streams < 1 or n % streams: raise ValueError(f"batch_size={n} cannot be cut into {streams} streams of one size")
-    if streams % world_size: raise ValueError(f"{streams} streams for {world_size} processes; expected a multiple")
-    if kinds < n: raise ValueError(f"batch_size={n}, but the shards hold {kinds} different captions; give fewer")
+    if streams < 1 or n % streams:
+        raise ValueError(f"batch_size={n} cannot be cut into {streams} streams of one size")
+    if streams % world_size:
+        raise ValueError(f"{streams} streams for {world_size} processes; expected a multiple")
+    if kinds < n:
+        raise ValueError(f"batch_size={n}, but the shards hold {kinds} different captions; "
+                         "give fewer")
     return n // streams
 
-
+# %% ../../nbs/scale/04_loader.ipynb #445cec87
 def epoch_steps(
     data: ShardData,
     recipe: Recipe,
@@ -159,9 +169,10 @@ def deal_run(
     done: int = 0,  # steps to leave out
     worker: int = 0,  # of this process
     workers: int = 1,
-) -> Iterator[tuple[int, np.ndarray]]:  # an epoch, and (parts, size, 2) shard and row: what is this worker's of it
+) -> Iterator[tuple[int, np.ndarray]]:  # epoch, and this worker's (parts, size, 2) shard and row
     "All parts that one worker makes; nothing is read."
-    size, count = recipe.batch_size // streams, epoch_steps(data, recipe, streams) * (streams // world_size)
+    size, ours = recipe.batch_size // streams, streams // world_size
+    count = epoch_steps(data, recipe, streams) * ours  # parts of an epoch
     done *= streams // world_size
     for epoch in range(done // count, recipe.epochs):
         begin = max(done, epoch * count)  # the first part of this epoch that is to come
@@ -171,7 +182,7 @@ def deal_run(
 
 # %% ../../nbs/scale/04_loader.ipynb #af68e798
 class CropBytes:
-    "open_clip's random crop with torch's resampling of bytes: faster than Pillow's, at most two levels of 256 apart."
+    "open_clip's random crop with torch's resampling: faster than Pillow's, at most 2 levels apart."
 
     def __init__(self, crop: Any):  # torchvision's RandomResizedCrop
         self.crop = crop
@@ -216,10 +227,11 @@ def make_part(
     seed: int,
     epoch: int,
 ) -> Part:
-    "Decode, crop and tokenise; raises ValueError that names shard and key of a picture that has broken since."
+    "Decode, crop and tokenise; a ValueError names shard and key of a picture broken since."
     def pixels(pair: Pair) -> torch.Tensor:
         key = pair.sample.key
-        torch.default_generator.manual_seed(zlib.crc32(f"{seed} {epoch} {pair.shard} {key}".encode()))
+        name = f"{seed} {epoch} {pair.shard} {key}"
+        torch.default_generator.manual_seed(zlib.crc32(name.encode()))
         try: return transform(decode_image(open_picture(pair.sample.image)))
         except ValueError as error:
             advice = "the shard was changed after it was embedded: embed it again"
@@ -234,7 +246,7 @@ def read_pairs(
     data: ShardData,
     parts: np.ndarray,  # (m, size, 2) shard and row, from deal_run
 ) -> Iterator[list[Pair]]:  # the pairs of each part
-    "The pairs of the parts in their order, with one shard at a time in memory, and the pairs of others that wait."
+    "The pairs of each part; one shard at a time is in memory, and pairs of others that wait."
     order = [[(shard, row) for shard, row in part] for part in parts.tolist()]
     last = {place: number for number, part in enumerate(order) for place in part}
     kept: dict[tuple[int, int], Pair] = {}
@@ -251,7 +263,7 @@ def read_pairs(
 
 # %% ../../nbs/scale/04_loader.ipynb #8f998016
 class ShardStream(IterableDataset):
-    "The parts of one process, step after step and stream after stream; each worker makes every w-th of them."
+    "The parts of one process, step by step and stream by stream; each worker makes every w-th."
 
     def __init__(self, data: ShardData, deal: dict[str, Any], make: Callable[..., Part]):
         self.data, self.deal, self.make = data, deal, make  # deal: what deal_run wants
@@ -262,7 +274,7 @@ class ShardStream(IterableDataset):
         for epoch, parts in deal_run(self.data, **self.deal, **share):
             for pairs in read_pairs(self.data, parts): yield self.make(pairs, epoch=epoch)
 
-
+# %% ../../nbs/scale/04_loader.ipynb #8f998017
 def read_steps(
     student: Student,
     data: ShardData,
@@ -275,11 +287,13 @@ def read_steps(
     augment: bool = True,  # a random crop of each picture
     pin: bool = False,  # page-locked memory, from which a GPU can fetch by itself
 ) -> Iterator[list[Part]]:  # this process's parts of one step
-    "What a process reads in a run, through workers or without; the order does not depend on their number."
+    "What a process reads in a run, with or without workers; the order is the same."
     tokenizer = open_clip.SimpleTokenizer(context_length=student.clip.context_length)
-    make = partial(make_part, transform=picture_transform(student, augment), tokenizer=tokenizer, seed=recipe.seed)
+    transform = picture_transform(student, augment)
+    make = partial(make_part, transform=transform, tokenizer=tokenizer, seed=recipe.seed)
     deal = dict(recipe=recipe, streams=streams, rank=rank, world_size=world_size, done=done)
-    loader = DataLoader(ShardStream(data, deal, make), batch_size=None, num_workers=workers, pin_memory=pin,
+    loader = DataLoader(ShardStream(data, deal, make),
+                        batch_size=None, num_workers=workers, pin_memory=pin,
                         generator=torch.Generator(),  # else it would draw from ours
                         prefetch_factor=2 if workers else None)
     parts = iter(loader)
@@ -294,8 +308,11 @@ def to_batch(
 ) -> Inputs:  # on the device of the centroids
     "Parts as one batch: normalised and labelled on the device."
     longest = max(part.tokens.shape[1] for part in parts)
-    padded = [part._replace(tokens=F.pad(part.tokens, (0, longest - part.tokens.shape[1]))) for part in parts]
+    def pad(tokens): return F.pad(tokens, (0, longest - tokens.shape[1]))
+    padded = [part._replace(tokens=pad(part.tokens)) for part in parts]
     columns = list(zip(*padded))[2:]
-    images, tokens, targets = (torch.cat([x.to(centroids.device, non_blocking=True) for x in c]) for c in columns)
-    captions, labels = [c for part in parts for c in part.captions], concept_labels(targets, centroids, temperature)
+    def moved(column): return torch.cat([x.to(centroids.device, non_blocking=True) for x in column])
+    images, tokens, targets = map(moved, columns)
+    captions = [c for part in parts for c in part.captions]
+    labels = concept_labels(targets, centroids, temperature)
     return Inputs(captions, prepare_images(student, images), tokens, targets, labels)

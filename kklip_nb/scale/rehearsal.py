@@ -27,14 +27,16 @@ from .embeddings import embed_shards, open_sidecars
 from .export import evaluate_export, export_model
 from .loader import open_data
 from .long_run import train_shards
-from .shards import list_shards, open_picture, read_shard, usable_samples, write_shards
+from .shards import (
+    list_shards, open_picture, read_shard, usable_samples, write_shards)
 from ..student import Student, _create_clip, _model_config, check_activation
 from ..teacher import Teacher, embed_captions, packaged_teacher
 from ..teacher_files import _unpacked_teacher
 from ..recipe import Recipe
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #92a128d8
-PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16, auto=torch.bfloat16)  # auto: as on a GPU
+PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
+PRECISIONS["auto"] = PRECISIONS["bf16"]  # as on a GPU
 
 
 def _kept(student: Student, pairs: int, precision: str) -> int:
@@ -45,11 +47,12 @@ def _kept(student: Student, pairs: int, precision: str) -> int:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
-    with FakeTensorMode(allow_non_fake_inputs=True), saved, torch.autocast("cpu", dtype, enabled=dtype is not None):
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    with FakeTensorMode(allow_non_fake_inputs=True), saved, autocast:
         student.to_empty(device="cpu")
         images = torch.empty(pairs, 3, *(side if isinstance(side, tuple) else (side, side)))
         tokens = torch.zeros(pairs, student.clip.context_length, dtype=torch.long)
-        features = student.encode_image(images), student.encode_text(tokens)  # noqa: F841, they hold the graph
+        graph = student.encode_image(images), student.encode_text(tokens)  # noqa: F841
         weights = {p.untyped_storage()._cdata for p in student.parameters()}
     return sum(size for storage, size in kept.items() if storage not in weights)
 
@@ -59,15 +62,18 @@ def count_memory(
     width: int,  # of the teacher's embeddings
     pairs: int = 32,  # in the batch that is tried
     precision: str = "fp32",  # 'fp32', 'bf16' or 'fp16'
-) -> dict[str, float]:  # parameters; bytes: state (weights, gradients, AdamW, copies), kept_per_pair
-    "The student's exact shapes, without allocating them; raises ValueError for a student that is not there."
+) -> dict[str, float]:  # parameters; bytes: state (weights, gradients, AdamW), kept_per_pair
+    "The student's exact shapes, nothing allocated; raises ValueError for an unknown student."
     config = _model_config(recipe.student)
     with torch.device("meta"):
         clip = _create_clip(recipe.student, None, device="meta")
-        student = Student(clip, config["embed_dim"], width, recipe.k, recipe.train_image, recipe.projection).train()
+        student = Student(clip, config["embed_dim"], width, recipe.k,
+                          recipe.train_image, recipe.projection).train()
     few, many = (_kept(student, n, precision) for n in (pairs, 2 * pairs))
-    count, trained = (sum(p.numel() for p in student.parameters() if p.requires_grad or all) for all in (True, False))
-    return dict(parameters=count, state=4 * count + 12 * trained + 2 * few - many, kept_per_pair=(many - few) / pairs)
+    sizes = [(p.numel(), p.requires_grad) for p in student.parameters()]
+    count, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+    state = 4 * count + 12 * trained + 2 * few - many
+    return dict(parameters=count, state=state, kept_per_pair=(many - few) / pairs)
 
 
 def peak_memory(
@@ -87,7 +93,8 @@ def count_teacher(
     try:
         folder = _unpacked_teacher()[0] if name == "smollm2" else name
         known = "llama-2-7b" in name.lower()
-        config = LlamaConfig() if known else AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if known: config = LlamaConfig()
+        else: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError): return None
     with torch.device("meta"): model = AutoModel.from_config(config, trust_remote_code=False)
     return sum(p.numel() for p in model.parameters()), config.hidden_size
@@ -106,10 +113,12 @@ def check_access(
         try: return "ok", f"packaged: {packaged_teacher().name}"
         except FileNotFoundError as error: return "fail", str(error)
     if Path(name).exists(): return "ok", "a local folder"
-    if isinstance(hub.try_to_load_from_cache(name, "config.json"), str): return "ok", "in the local cache"
+    cached = hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str): return "ok", "in the local cache"
     if hub.constants.HF_HUB_OFFLINE: return "unknown", "offline: the hub was not asked"
     try: hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=PATIENCE)
-    except GatedRepoError: return "fail", f"gated: accept the licence at huggingface.co/{name}, then `hf auth login`"
+    except GatedRepoError:
+        return "fail", f"gated: accept the licence at huggingface.co/{name}, then `hf auth login`"
     except RepositoryNotFoundError: return "fail", "no such model on the hub, or it is private"
     except Exception as error: return "unknown", f"the hub did not answer ({type(error).__name__})"
     return "ok", "the hub lets us"
@@ -119,6 +128,34 @@ WIDTH = 4096  # of a teacher whose configuration is not at hand: Llama-2-7b's
 Finding = tuple[str, str, str]  # what was checked; 'ok', 'unknown' or 'fail'; what was found
 
 
+def _weights(recipe: Recipe) -> Finding:
+    "Do the pretrained weights fit the student's activation?"
+    try:
+        if recipe.pretrained: check_activation(recipe.student, recipe.pretrained)
+    except ValueError as error: return "weights", "fail", str(error)
+    return "weights", "ok", f"{recipe.pretrained or 'none'}; fetched when training starts"
+
+
+def _student(recipe: Recipe, m: dict[str, float], precision: str) -> Finding:
+    "What the student takes, from count_memory."
+    size = recipe.batch_size
+    one, eight = (peak_memory(m, size // n, size) / 1e9 for n in (1, 8))
+    return "student", "ok", (
+        f"{recipe.student}: {m['parameters'] / 1e6:.1f} M parameters; {m['state'] / 1e9:.1f} GB "
+        f"for weights, gradients and AdamW, {m['kept_per_pair'] / 1e6:.1f} MB a pair in "
+        f"{precision}; {size} pairs: {one:.1f} GB in one process, {eight:.1f} GB in each of 8")
+
+
+def _teacher(name: str) -> tuple[Finding, int]:
+    "The teacher's size, where its configuration is at hand; the width of its embeddings."
+    counted = count_teacher(name)
+    unknown = f"its size is not known here; a width of {WIDTH} is assumed"
+    if counted is None: return ("teacher", "unknown", unknown), WIDTH
+    parameters, width = counted
+    size = f"{parameters / 1e9:.2f} billion parameters, {parameters / 5e8:.1f} GB in bf16"
+    return ("teacher", "ok", f"{size}, width {width}"), width
+
+# %% ../../nbs/scale/08_rehearsal.ipynb #2cb0711f
 def check_settings(
     recipe: Recipe,
     free: int,  # bytes free on the disk
@@ -127,24 +164,15 @@ def check_settings(
     keep: int = 3,  # checkpoints that are kept, beside the one being written
 ) -> list[Finding]:
     "Configuration, memory, access and disk: what takes no computation."
-    try:
-        if recipe.pretrained: check_activation(recipe.student, recipe.pretrained)
-        weights = [("weights", "ok", f"{recipe.pretrained or 'none'}; fetched when training starts")]
-    except ValueError as error: weights = [("weights", "fail", str(error))]
-    parameters, width = count_teacher(recipe.teacher) or (None, WIDTH)
+    weights, (teacher, width) = _weights(recipe), _teacher(recipe.teacher)
     try: m = count_memory(recipe, width, precision=precision)
-    except (ValueError, RuntimeError) as error: return [*weights, ("student", "fail", str(error))]
-    size = parameters and f"{parameters / 1e9:.2f} billion parameters, {parameters / 5e8:.1f} GB in bf16, width {width}"
-    one, eight = (peak_memory(m, recipe.batch_size // n, recipe.batch_size) / 1e9 for n in (1, 8))
+    except (ValueError, RuntimeError) as error: return [weights, ("student", "fail", str(error))]
     need = 2 * pairs * width + (12 * (keep + 1) + 4) * m["parameters"]
-    return weights + [
-        ("student", "ok", f"{recipe.student}: {m['parameters'] / 1e6:.1f} M parameters; {m['state'] / 1e9:.1f} GB for "
-         f"weights, gradients and AdamW, {m['kept_per_pair'] / 1e6:.1f} MB a pair in {precision}; {recipe.batch_size} "
-         f"pairs: {one:.1f} GB in one process, {eight:.1f} GB in each of 8"),
-        ("teacher", "ok" if size else "unknown", size or f"its size is not known here; a width of {WIDTH} is assumed"),
-        ("access to the teacher", *check_access(recipe.teacher)),
-        ("disk", "ok" if free > need else "fail", f"{need / 1e9:.1f} GB for embeddings, checkpoints and model of "
-         f"{pairs:,} pairs; {free / 1e9:.1f} GB free")]
+    disk = (f"{need / 1e9:.1f} GB for embeddings, checkpoints and model of {pairs:,} pairs; "
+            f"{free / 1e9:.1f} GB free")
+    return [weights, _student(recipe, m, precision), teacher,
+            ("access to the teacher", *check_access(recipe.teacher)),
+            ("disk", "ok" if free > need else "fail", disk)]
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #5febe800
 def random_teacher(
@@ -152,13 +180,16 @@ def random_teacher(
     width: int,  # hidden size of the true teacher
     seed: int = 0,
 ) -> Teacher:
-    "A Llama of one layer with random weights: the shapes of the true teacher, none of its knowledge."
+    "A Llama of one layer with random weights: the true teacher's shapes, none of its knowledge."
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
     pieces = ByteLevelBPETokenizer()
-    pieces.train_from_iterator(captions, vocab_size=1000, special_tokens=["<pad>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, pad_token="<pad>", padding_side="right")
-    heads = next(h for h in (32, 16, 9, 8, 4, 2, 1) if width % (2 * h) == 0)  # each head's width must be even
+    options = dict(special_tokens=["<pad>"], show_progress=False)
+    pieces.train_from_iterator(captions, vocab_size=1000, **options)
+    options = dict(pad_token="<pad>", padding_side="right")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, **options)
+    even = (h for h in (32, 16, 9, 8, 4, 2, 1) if width % (2 * h) == 0)  # even width of a head
+    heads = next(even)
     config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=1,
                          num_attention_heads=heads, vocab_size=tokenizer.vocab_size)
     with torch.random.fork_rng(devices=[]):
@@ -173,13 +204,16 @@ def rehearse_stages(
     width: int,  # of the teacher's embeddings
     folder: str | Path,  # everything is written there
 ) -> dict[str, float]:  # the scores of the exported model on the pairs, which mean nothing
-    "One small shard through all stages, with the true student (random weights) and a random teacher of the true width."
+    "One shard through all stages: the true student with random weights, a random teacher."
     folder, how = Path(folder), dict(pooling=recipe.pooling, layer=-1, prompt=recipe.prompt)
     write_shards(pairs, folder / "shards", per_shard=len(pairs), size=64)
-    urls, teacher = list_shards(folder / "shards"), random_teacher([caption for _, caption in pairs], width)
-    embed_shards(urls, folder / "embeddings", partial(embed_captions, teacher, **how), teacher=teacher.source, **how)
+    urls = list_shards(folder / "shards")
+    teacher = random_teacher([caption for _, caption in pairs], width)
+    embed = partial(embed_captions, teacher, **how)
+    embed_shards(urls, folder / "embeddings", embed, teacher=teacher.source, **how)
     del teacher
-    small = dataclasses.replace(recipe, pretrained=None, imagenet=False, k=min(recipe.k, len(pairs) // 2), batch_size=8,
+    k = min(recipe.k, len(pairs) // 2)
+    small = dataclasses.replace(recipe, pretrained=None, imagenet=False, k=k, batch_size=8,
                                 epochs=1, warmup=1, layer=-1)
     sidecars = open_sidecars(folder / "embeddings", urls)
     cluster_shards(sidecars, folder / "concepts", small.k, small.seed, small.normalise)
@@ -199,7 +233,7 @@ def _some_pairs(shards: str | Path, count: int = 16) -> list[tuple[Any, str]]:
 def rehearse(
     recipe: Recipe,
     data: Path,  # the data folder
-    shards: str | Path | None = None,  # where the shards are; None: in data/shards, if there are some
+    shards: str | Path | None = None,  # where the shards are; None: in data/shards, if anywhere
     pairs: int = 500_000,  # for the disk that a whole run needs
     precision: str = "bf16",  # as in count_memory
     keep: int = 3,  # as in check_settings
@@ -211,11 +245,13 @@ def rehearse(
     width = (count_teacher(recipe.teacher) or (None, WIDTH))[1]
     with tempfile.TemporaryDirectory() as folder:
         try: rehearse_stages(recipe, _some_pairs(shards or data / "shards"), width, folder)
-        except Exception as error: return [*found, ("all stages", "fail", f"{type(error).__name__}: {error}")]
-    text = f"a shard went through embed, cluster, two steps of {recipe.student} and open_clip; teacher's width {width}"
+        except Exception as error:
+            return [*found, ("all stages", "fail", f"{type(error).__name__}: {error}")]
+    text = (f"a shard went through embed, cluster, two steps of {recipe.student} and open_clip; "
+            f"teacher's width {width}")
     return [*found, ("all stages", "ok", text)]
 
-
+# %% ../../nbs/scale/08_rehearsal.ipynb #583d2bf8
 def report_rehearsal(
     found: list[Finding],  # from rehearse
 ) -> None:
