@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from ..data import decode_image, fold_caption
+from ..data import fold_caption
 from ..evaluation import median_rank, retrieval_recall
+from ..own_pairs import decode_image
 from .distributed import (
     World, choose_precision, global_step, learns_norms, start_student, wrap)
 from .loader import (
