@@ -22,36 +22,45 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from ..data import Pairs
-from .scenes import COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES, VERBS, Scene
+from .scenes import (COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES,
+                                      VERBS, Scene)
 from ..tools import finite_matrix
 
 # %% ../../nbs/evidence/03_attributes.ipynb #7af84121
 def _check_scores(scores: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
-    "Both as float64 of one shape (n, k), or a ValueError that says what was given."
+    "Both as float64 of one shape (n, m), or a ValueError that says what was given."
     scores, truth = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
-    if scores.ndim != 2 or scores.shape != truth.shape: raise ValueError(f"scores have shape {scores.shape}, truth {truth.shape}; expected the same (n, k)")
-    if odd := sorted(set(truth[~np.isnan(truth)]) - {0.0, 1.0}): raise ValueError(f"truth holds {odd[0]:g}; expected 0, 1, or NaN for missing")
+    if scores.ndim != 2 or scores.shape != truth.shape:
+        raise ValueError(f"scores have shape {scores.shape}, truth {truth.shape}; "
+                         "expected the same (n, m)")
+    if odd := sorted(set(truth[~np.isnan(truth)]) - {0.0, 1.0}):
+        raise ValueError(f"truth holds {odd[0]:g}; expected 0, 1, or NaN for missing")
     absent = np.isnan(scores).all(0)
-    if not np.isfinite(scores[:, ~absent]).all(): raise ValueError("scores hold NaN or infinite values; only a whole column may be NaN")
+    if not np.isfinite(scores[:, ~absent]).all():
+        raise ValueError("scores hold NaN or infinite values; only a whole column may be NaN")
     return np.round(scores, 10), truth
 
 # %% ../../nbs/evidence/03_attributes.ipynb #8e537f70
 def average_precisions(
-    scores: np.ndarray,  # (n, k) of n images and k attributes; a column of NaN: no score for this attribute
-    truth: np.ndarray,  # (n, k) 0, 1, or NaN for missing
-) -> np.ndarray:  # (k,) NaN where there is no score, no positive or no negative
+    scores: np.ndarray,  # (n, m) of n images and m attributes; a column of NaN: no score
+    truth: np.ndarray,  # (n, m) 0, 1, or NaN for missing
+) -> np.ndarray:  # (m,) NaN where there is no score, no positive or no negative
     "scikit-learn's average precision of each attribute over the images whose truth is known."
     scores, truth = _check_scores(scores, truth)
-    scored = lambda s, y: not np.isnan(s).any() and {0.0, 1.0} <= {*y}
-    return np.array([average_precision_score(y[y >= 0], s[y >= 0]) if scored(s, y) else np.nan for s, y in zip(scores.T, truth.T)])
+    values = np.full(scores.shape[1], np.nan)
+    for column, (s, y) in enumerate(zip(scores.T, truth.T)):
+        if not np.isnan(s).any() and {0.0, 1.0} <= {*y}:
+            values[column] = average_precision_score(y[y >= 0], s[y >= 0])
+    return values
 
 # %% ../../nbs/evidence/03_attributes.ipynb #c0f15012
 def chance_precision(
     positives: int,  # P, at least 1
     count: int,  # n images
 ) -> float:
-    r"Mean average precision of random scores: $(H_n + \frac{P-1}{n-1}(n-H_n))/n$; the positive rate is its limit for many images."
-    if not 1 <= positives <= count: raise ValueError(f"{positives} positives of {count} images; expected 1 … {count}")
+    r"Mean average precision of random scores: $(h_n + \frac{P-1}{n-1}(n-h_n))/n$."
+    if not 1 <= positives <= count:
+        raise ValueError(f"{positives} positives of {count} images; expected 1 … {count}")
     harmonic = float((1 / np.arange(1, count + 1)).sum())
     return (harmonic + (positives - 1) / max(count - 1, 1) * (count - harmonic)) / count
 
@@ -65,59 +74,82 @@ class MeanAP(NamedTuple):
 
 # %% ../../nbs/evidence/03_attributes.ipynb #693f2474
 def mean_average_precision(
-    scores: np.ndarray,  # (n, k)
-    truth: np.ndarray,  # (n, k) 0, 1, or NaN for missing
+    scores: np.ndarray,  # (n, m)
+    truth: np.ndarray,  # (n, m) 0, 1, or NaN for missing
 ) -> MeanAP:
-    "mAP over attributes; missing entries and attributes without a positive or a negative are left out, the latter counted."
+    "mAP over attributes; those without a positive or a negative are left out and counted."
     values, truth = average_precisions(scores, truth), np.asarray(truth, np.float64)
     scored = np.flatnonzero(~np.isnan(values))
-    if not len(scored): raise ValueError(f"none of {len(values)} attributes has a score, a positive and a negative")
-    chance = [chance_precision(int(np.nansum(truth[:, k])), int((~np.isnan(truth[:, k])).sum())) for k in scored]
-    return MeanAP(float(values[scored].mean()), float(np.mean(chance)), len(scored), len(values) - len(scored))
+    if not len(scored):
+        raise ValueError(f"none of {len(values)} attributes has a score, a positive and a negative")
+    known = [column[~np.isnan(column)] for column in truth.T[scored]]
+    chance = np.mean([chance_precision(int(column.sum()), len(column)) for column in known])
+    left_out = len(values) - len(scored)
+    return MeanAP(float(values[scored].mean()), float(chance), len(scored), left_out)
 
 # %% ../../nbs/evidence/03_attributes.ipynb #7750f421
-def _weighted_precisions(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    "Average precision of one attribute for each row of weights (draws, n); NaN where no positive is drawn."
+def _weighted_precisions(
+    scores: np.ndarray,  # (n,) of one attribute
+    truth: np.ndarray,  # (n,) 0 or 1
+    weights: np.ndarray,  # (draws, n)
+) -> np.ndarray:  # (draws,) NaN where no positive is drawn
+    "Average precision of one attribute for each row of weights."
     order = np.argsort(-scores, kind="stable")
     last = np.flatnonzero(np.diff(scores[order], append=np.nan) != 0)  # the last image of each tie
     drawn, hits = (np.cumsum(w[:, order], axis=1)[:, last] for w in (weights, weights * truth))
     gained = np.diff(hits, axis=1, prepend=0)
-    with np.errstate(invalid="ignore"): return (gained * hits / np.maximum(drawn, 1e-12)).sum(1) / hits[:, -1]
+    with np.errstate(invalid="ignore"):
+        return (gained * hits / np.maximum(drawn, 1e-12)).sum(1) / hits[:, -1]
+
+# %% ../../nbs/evidence/03_attributes.ipynb #a3000002
+def _group_draws(groups: Sequence, seed: int, draws: int) -> np.ndarray:
+    "(draws, n) how often each draw has each of n images: groups are drawn as a whole."
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    return np.stack([np.bincount(p, minlength=len(names)) for p in picks])[:, group]
+
+def _drawn_maps(scores, truth, weights, columns) -> np.ndarray:
+    "mAP of each draw over some columns, moved so that its mean is the mAP of the images at hand."
+    values = []
+    for s, y in zip(scores.T[columns], truth.T[columns]):
+        known = ~np.isnan(y)
+        values.append(_weighted_precisions(s[known], y[known], weights[:, known]))
+    each = np.nanmean(values, axis=0)
+    return each - each.mean() + average_precisions(scores, truth)[columns].mean()
 
 # %% ../../nbs/evidence/03_attributes.ipynb #625d00d7
 def map_interval(
-    scores: np.ndarray,  # (n, k)
-    truth: np.ndarray,  # (n, k) 0, 1, or NaN for missing
+    scores: np.ndarray,  # (n, m)
+    truth: np.ndarray,  # (n, m) 0, 1, or NaN for missing
     groups: Sequence,  # n groups: images of one class or base concept are drawn together
-    minus: np.ndarray | None = None,  # (n, k) scores of another model: the interval of the difference of the two
+    minus: np.ndarray | None = None,  # (n, m) of another model: the interval of the difference
     seed: int = 0,  # of the resampling
     draws: int = 200,  # resamples
 ) -> tuple[float, float]:  # 95 % interval
-    "Bootstrap over groups of images; an attribute whose positives are not drawn is left out of that draw."
+    "Bootstrap over groups; an attribute whose positives are not drawn is left out of that draw."
     scores, truth = _check_scores(scores, truth)
-    if len(groups) != len(scores): raise ValueError(f"{len(groups)} groups for {len(scores)} images; expected one each")
-    names, group = np.unique(np.asarray(groups), return_inverse=True)
-    picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-    weights = np.stack([np.bincount(p, minlength=len(names)) for p in picks])[:, group]  # how often each draw has each image
-    known, filled = ~np.isnan(truth), np.nan_to_num(truth)
+    if len(groups) != len(scores):
+        raise ValueError(f"{len(groups)} groups for {len(scores)} images; expected one each")
+    weights = _group_draws(groups, seed, draws)
     usable = np.flatnonzero(~np.isnan(average_precisions(scores, truth)))
-    per_draw = lambda s: np.nanmean([_weighted_precisions(s[known[:, k], k], filled[known[:, k], k], weights[:, known[:, k]]) for k in usable], axis=0)
-    mean = lambda s: average_precisions(s, truth)[usable].mean()
-    values, value = per_draw(scores), mean(scores)
-    if minus is not None: values, value = values - per_draw(_check_scores(minus, truth)[0]), value - mean(minus)
-    low, high = np.percentile(values, [2.5, 97.5]) - values.mean() + value
+    values = _drawn_maps(scores, truth, weights, usable)
+    if minus is not None:
+        values = values - _drawn_maps(_check_scores(minus, truth)[0], truth, weights, usable)
+    low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 # %% ../../nbs/evidence/03_attributes.ipynb #15ad47fa
 COLOUR_NAMES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
-_HUE_ENDS, _HUE_NAMES = (12, 45, 65, 165, 255, 310, 345), (0, 1, 2, 3, 4, 5, 6, 0)  # degrees; numbers into COLOUR_NAMES
+_HUE_ENDS = (12, 45, 65, 165, 255, 310, 345)  # degrees
+_HUE_NAMES = (0, 1, 2, 3, 4, 5, 6, 0)  # numbers into COLOUR_NAMES
 
 def colour_shares(
     images: np.ndarray,  # (n, size, size, 3) uint8
     step: int = 4,  # every so many pixels each way
-) -> np.ndarray:  # (n, 8) share of the picture that has each of COLOUR_NAMES; the rest is black, white or grey
-    "Colours by hue; orange that is dark is brown, red that is pale and bright is pink."
-    if images.dtype != np.uint8: raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 (n, h, w, 3)")
+) -> np.ndarray:  # (n, 8) share of the picture that has each of COLOUR_NAMES
+    "Colours by hue; dark orange is brown, pale bright red is pink; black, white and grey are none."
+    if images.dtype != np.uint8:
+        raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 (n, h, w, 3)")
     hue, saturation, value = np.moveaxis(rgb_to_hsv(images[:, ::step, ::step] / 255.0), -1, 0)
     number = np.array(_HUE_NAMES)[np.digitize(hue * 360, _HUE_ENDS)]
     number[(number == 0) & (saturation < 0.6) & (value > 0.85)] = COLOUR_NAMES.index("pink")
@@ -137,23 +169,30 @@ def dominant_colours(
 # %% ../../nbs/evidence/03_attributes.ipynb #ed4570ea
 class Attributes(NamedTuple):
     "Attributes of n images, with their names."
-    names: list[str]  # k phrases, as they go into a prompt
-    families: list[str]  # k kinds of attribute
-    values: np.ndarray  # (n, k) 0, 1, or NaN for missing
+    names: list[str]  # m phrases, as they go into a prompt
+    families: list[str]  # m kinds of attribute
+    values: np.ndarray  # (n, m) 0, 1, or NaN for missing
 
 # %% ../../nbs/evidence/03_attributes.ipynb #31f3b3fd
+def _class_columns(classes: Sequence, kept: Collection[str], family: str) -> list[tuple]:
+    "(name, family, values) of each class, missing where an image has none."
+    phrase = lambda name: name.lower().replace("&", "and").replace("-", " ")
+    truth = lambda name: [np.nan if own is None else float(own == name) for own in classes]
+    return [(phrase(name), family, truth(name)) for name in sorted(kept)]
+
 def openmoji_attributes(
     pairs: Pairs,  # of load_openmoji
-    train: Sequence[int] | np.ndarray,  # training rows: they decide which subcategories and words are kept
+    train: Sequence[int] | np.ndarray,  # training rows: they decide which are kept
 ) -> Attributes:  # families category, subcategory, word, colour
-    "Attributes of the drawings: Unicode's classes, frequent words of the names, measured dominant colours."
+    "Attributes of the drawings: Unicode's classes, frequent words, measured dominant colours."
     words = [set(re.findall(r"[a-z]{3,}", c.lower())) for c in pairs.captions]
     rows = Counter(pairs.subcategories[i] for i in train)
     spread = Counter(w for _, w in {(pairs.bases[i], w) for i in train for w in words[i]})
-    kept = [("category", pairs.categories, {c for c in pairs.categories if c}), ("subcategory", pairs.subcategories, {c for c, n in rows.items() if c and n >= 12})]
-    columns = [(c.lower().replace("&", "and").replace("-", " "), family, [np.nan if o is None else float(o == c) for o in classes])
-               for family, classes, names in kept for c in sorted(names)]
-    columns += [(w, "word", [float(w in row) for row in words]) for w in sorted(w for w, n in spread.items() if n >= 8)]
+    frequent = {c for c, n in rows.items() if c and n >= 12}
+    columns = _class_columns(pairs.categories, set(pairs.categories) - {None}, "category")
+    columns += _class_columns(pairs.subcategories, frequent, "subcategory")
+    for word in sorted(w for w, n in spread.items() if n >= 8):
+        columns.append((word, "word", [float(word in row) for row in words]))
     columns += [(c, "colour", d) for c, d in zip(COLOUR_NAMES, dominant_colours(pairs.images).T)]
     names, families, values = zip(*columns)
     return Attributes(list(names), list(families), np.array(values, np.float64).T)
@@ -161,86 +200,112 @@ def openmoji_attributes(
 # %% ../../nbs/evidence/03_attributes.ipynb #785eba18
 def _scene_truth(scene: Scene) -> dict[str, dict[str, float]]:
     "family → attribute → 0, 1, or NaN where neither picture nor caption settles it."
-    said, two = lambda field: {getattr(t, field) for t in scene.things}, len(scene.things) == 2
+    two = len(scene.things) == 2
+    related = two and scene.relation in RELATIONS
     plain = any(t.adjective not in COLOURS for t in scene.things)  # drawn in its own colours
-    is_in = lambda table, values, otherwise=0.0: {str(w): 1.0 if w in values else otherwise for w in table}
+    def said(field): return {getattr(t, field) for t in scene.things}
+    def is_in(table, values, otherwise=0.0):
+        return {str(word): 1.0 if word in values else otherwise for word in table}
+    def missing(table): return dict.fromkeys(table, np.nan)
     return {"noun": is_in(NOUNS, said("noun")),
             "colour": is_in(COLOURS, said("adjective"), np.nan if plain else 0.0),
             "size": is_in(SIZES, said("adjective")),
             "count": {COUNTS[c]: float(c in said("count")) for c in COUNTS},
-            "relation": is_in(RELATIONS, {scene.relation}) if two and scene.relation in RELATIONS else dict.fromkeys(RELATIONS, np.nan),
-            "place": dict.fromkeys(PLACES, np.nan) if two else is_in(PLACES, {scene.place}),
+            "relation": is_in(RELATIONS, {scene.relation}) if related else missing(RELATIONS),
+            "place": missing(PLACES) if two else is_in(PLACES, {scene.place}),
             "time": is_in(TIMES, {scene.time}), "verb": is_in(VERBS, said("verb"))}
 
 # %% ../../nbs/evidence/03_attributes.ipynb #9be0a109
-def scene_attributes(scenes: Sequence[Scene]) -> Attributes:  # families noun, colour, size, count, relation, place, time, verb
+def scene_attributes(
+    scenes: Sequence[Scene],  # n scenes
+) -> Attributes:  # families noun, colour, size, count, relation, place, time, verb
     "The exact truth of drawn scenes; NaN where neither picture nor caption settles it."
     if not len(scenes): raise ValueError("no scenes; make some with make_scenes")
     truths = [_scene_truth(s) for s in scenes]
     keys = [(name, family) for family, some in truths[0].items() for name in some]
-    return Attributes([n for n, _ in keys], [f for _, f in keys], np.array([[t[f][n] for n, f in keys] for t in truths]))
+    values = np.array([[t[family][name] for name, family in keys] for t in truths])
+    return Attributes([name for name, _ in keys], [family for _, family in keys], values)
 
 # %% ../../nbs/evidence/03_attributes.ipynb #6c128377
 def attribute_scores(
     image_features: np.ndarray | torch.Tensor,  # (n, d)
-    text_features: np.ndarray | torch.Tensor,  # (k, d) of the attributes' phrases
-) -> np.ndarray:  # (n, k)
-    r"How much more an image agrees with an attribute than with all on average: $\cos(u_i,t_a)-\frac{1}{K}\sum_b\cos(u_i,t_b)$."
-    images, texts = normalize(finite_matrix("image features", image_features)), normalize(finite_matrix("text features", text_features))
-    if images.shape[1] != texts.shape[1]: raise ValueError(f"image features have {images.shape[1]} dimensions, text features {texts.shape[1]}; use one student for both")
+    text_features: np.ndarray | torch.Tensor,  # (m, d) of the attributes' phrases
+) -> np.ndarray:  # (n, m)
+    "Cosines: how much more an image agrees with an attribute than with all on average."
+    images = normalize(finite_matrix("image features", image_features))
+    texts = normalize(finite_matrix("text features", text_features))
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(f"image features have {images.shape[1]} dimensions, text features "
+                         f"{texts.shape[1]}; use one student for both")
     cosines = images @ texts.T
     return cosines - cosines.mean(1, keepdims=True)
 
 # %% ../../nbs/evidence/03_attributes.ipynb #093accf6
 def map_by_family(
-    scores: np.ndarray,  # (n, k)
-    attributes: Attributes,  # of k attributes
-    rows: Sequence[int] | np.ndarray | None = None,  # which rows of the attributes the n scores belong to; None: all
+    scores: np.ndarray,  # (n, m)
+    attributes: Attributes,  # of m attributes
+    rows: Sequence[int] | np.ndarray | None = None,  # rows of the attributes to score; None: all
 ) -> dict[str, MeanAP]:  # a family each, then 'all'
-    "Mean average precision of each family of attributes; a family with nothing to score is missing from the result."
+    "mAP of each family of attributes; a family with nothing to score is missing from the result."
     truth = attributes.values if rows is None else attributes.values[rows]
-    if np.shape(scores) != truth.shape: raise ValueError(f"scores have shape {np.shape(scores)}; expected {truth.shape}: n rows, and a column an attribute")
+    if np.shape(scores) != truth.shape:
+        raise ValueError(f"scores have shape {np.shape(scores)}; expected {truth.shape}: n rows, "
+                         "and a column an attribute")
     families, usable = np.array(attributes.families), ~np.isnan(average_precisions(scores, truth))
-    columns = {family: families == family for family in attributes.families} | {"all": families != ""}
-    return {family: mean_average_precision(scores[:, c], truth[:, c]) for family, c in columns.items() if usable[c].any()}
+    columns = {family: families == family for family in attributes.families}
+    columns["all"] = families != ""
+    return {family: mean_average_precision(scores[:, c], truth[:, c])
+            for family, c in columns.items() if usable[c].any()}
 
 # %% ../../nbs/evidence/03_attributes.ipynb #cdda50d2
 def taboo_prompts(
     names: Sequence[str] | None,  # n class names, or None: the name is taboo
-    attributes: Attributes,  # values (n, k): what each class has
+    attributes: Attributes,  # values (n, m): what each class has
     families: Collection[str],  # which families of attributes are named; none: the name alone
 ) -> list[str]:  # n prompts: 'Blue Jay, blue, crested', or 'blue, crested'
-    "Class descriptions with or without the class name, after VL-Taboo (Vogel et al. 2022, arXiv 2209.06103)."
-    if names is None and not families: raise ValueError("neither names nor families of attributes: the prompts would be empty")
-    if names is not None and len(names) != len(attributes.values): raise ValueError(f"{len(names)} names for {len(attributes.values)} rows of attributes")
-    heads = [[]] * len(attributes.values) if names is None else [[n] for n in names]
-    said = lambda row: [a for a, family, value in zip(attributes.names, attributes.families, row) if family in families and value == 1]
-    return [", ".join(head + said(row)) or "something" for head, row in zip(heads, attributes.values)]
+    "Class descriptions with or without the class name, after VL-Taboo (arXiv 2209.06103)."
+    rows = attributes.values
+    if names is None and not families:
+        raise ValueError("neither names nor families of attributes: the prompts would be empty")
+    if names is not None and len(names) != len(rows):
+        raise ValueError(f"{len(names)} names for {len(rows)} rows of attributes")
+    named = np.array([family in families for family in attributes.families])
+    said = [[a for a, has in zip(attributes.names, named & (row == 1)) if has] for row in rows]
+    heads = [[]] * len(rows) if names is None else [[name] for name in names]
+    return [", ".join(head + some) or "something" for head, some in zip(heads, said)]
 
 # %% ../../nbs/evidence/03_attributes.ipynb #0f17ea89
 def signature_scores(
-    scores: np.ndarray,  # (n, k) predicted attributes of images; a column of NaN: not predicted
-    signatures: np.ndarray,  # (c, k) attributes of the classes: 0 and 1, or strengths; NaN: missing
+    scores: np.ndarray,  # (n, m) predicted attributes of images; a column of NaN: not predicted
+    signatures: np.ndarray,  # (c, m) of c classes: 0 and 1, or strengths; NaN: missing
 ) -> np.ndarray:  # (n, c) higher: this class fits better
-    "Class prediction from attributes: standardised scores against centred signatures of length one; what is missing counts 0."
+    "Standardised scores against centred signatures of length one; what is missing counts 0."
     scores, signatures = np.asarray(scores, np.float64), np.asarray(signatures, np.float64)
-    if scores.shape[1] != signatures.shape[1]: raise ValueError(f"scores {scores.shape}, signatures {signatures.shape}; expected the same number of attributes")
-    with np.errstate(invalid="ignore"): z, centred = (np.nan_to_num(StandardScaler(with_std=s).fit_transform(x)) for x, s in ((scores, True), (signatures, False)))
-    return z @ normalize(centred).T
+    if scores.shape[1] != signatures.shape[1]:
+        raise ValueError(f"scores {scores.shape}, signatures {signatures.shape}; "
+                         "expected the same number of attributes")
+    with np.errstate(invalid="ignore"):
+        standard = np.nan_to_num(StandardScaler().fit_transform(scores))
+        centred = np.nan_to_num(StandardScaler(with_std=False).fit_transform(signatures))
+    return standard @ normalize(centred).T
 
 # %% ../../nbs/evidence/03_attributes.ipynb #952942f1
 def linear_probe(
-    train_features: np.ndarray | torch.Tensor,  # (m, d) frozen image features
-    train_truth: np.ndarray,  # (m, k) 0, 1, or NaN for missing
+    train_features: np.ndarray | torch.Tensor,  # (n_train, d) frozen image features
+    train_truth: np.ndarray,  # (n_train, m) 0, 1, or NaN for missing
     features: np.ndarray | torch.Tensor,  # (n, d) of the images to score
-) -> np.ndarray:  # (n, k) log odds; a column of NaN where training has no positive or no negative
+) -> np.ndarray:  # (n, m) log odds; a column of NaN where training has no positive or no negative
     "A logistic regression an attribute on standardised frozen features."
-    train, test = (normalize(finite_matrix(name, x)) for name, x in (("train features", train_features), ("features", features)))
+    train = normalize(finite_matrix("train features", train_features))
+    test = normalize(finite_matrix("features", features))
     truth = np.asarray(train_truth, np.float64)
-    if len(train) != len(truth): raise ValueError(f"{len(truth)} rows of attributes for {len(train)} training images; expected one each")
+    if len(train) != len(truth):
+        raise ValueError(f"{len(truth)} rows of attributes for {len(train)} training images; "
+                         "expected one each")
     scores = np.full((len(test), truth.shape[1]), np.nan)
     for column, y in enumerate(truth.T):
         known = ~np.isnan(y)
+        if len(np.unique(y[known])) != 2: continue
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        if len(np.unique(y[known])) == 2: scores[:, column] = probe.fit(train[known], y[known]).decision_function(test)
+        scores[:, column] = probe.fit(train[known], y[known]).decision_function(test)
     return scores

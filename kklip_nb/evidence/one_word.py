@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from sklearn.preprocessing import normalize
 
-from .scenes import COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES, VERBS, Scene, draw_scene, scene_caption
+from .scenes import (COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES,
+                                      VERBS, Scene, draw_scene, scene_caption)
 from ..student import Towers, encode_all, prepare_images, tokenize
 from ..tools import finite_matrix
 
@@ -33,23 +34,36 @@ def one_word_apart(
 
 # %% ../../nbs/evidence/04_one_word.ipynb #ce5e8b50
 _WORDS = {  # change → where the word stands in a thing or in a scene, and all such words
-    "noun": ("noun", tuple(NOUNS)), "colour": ("adjective", tuple(COLOURS)), "size": ("adjective", tuple(SIZES)), "count": ("count", tuple(COUNTS)), "verb": ("verb", VERBS),
-    "relation": ("relation", tuple(RELATIONS)), "place": ("place", tuple(PLACES)), "time": ("time", tuple(TIMES)),
+    "noun": ("noun", tuple(NOUNS)), "colour": ("adjective", tuple(COLOURS)),
+    "size": ("adjective", tuple(SIZES)), "count": ("count", tuple(COUNTS)), "verb": ("verb", VERBS),
+    "relation": ("relation", tuple(RELATIONS)), "place": ("place", tuple(PLACES)),
+    "time": ("time", tuple(TIMES)),
 }
 
 # %% ../../nbs/evidence/04_one_word.ipynb #457adda2
+def _exchanges(scene: Scene, field: str, words: tuple) -> list[Scene]:
+    "All scenes with another word in this field, of the scene or of one of its things."
+    found, things = [], scene.things
+    if getattr(scene, field, None) in words: found += [scene._replace(**{field: w}) for w in words]
+    for i, thing in enumerate(things):
+        if getattr(thing, field, None) not in words: continue
+        others = [thing._replace(**{field: w}) for w in words]
+        found += [scene._replace(things=(*things[:i], o, *things[i + 1:])) for o in others]
+    return found
+
+def _repeats_a_noun(scene: Scene) -> bool:
+    nouns = [t.noun for t in scene.things] + [scene.absent]
+    return len(set(nouns)) < len(nouns)
+
 def changed_scenes(
     scene: Scene,
     change: str,  # of CHANGES
 ) -> list[Scene]:  # may be empty
-    "Every scene whose caption differs from this one's in exactly one word of the given kind; no noun comes twice."
+    "Every scene whose caption differs in exactly one word of this kind; no noun comes twice."
     if change not in CHANGES: raise ValueError(f"change={change!r}; expected one of {CHANGES}")
-    field, words = _WORDS[change]
-    others, things = [scene._replace(**{field: w}) for w in words if getattr(scene, field, None) in words], scene.things
-    for i, thing in enumerate(things):
-        if getattr(thing, field, None) in words: others += [scene._replace(things=(*things[:i], thing._replace(**{field: w}), *things[i + 1:])) for w in words]
-    nouns = lambda s: [t.noun for t in s.things] + [s.absent]
-    return [o for o in others if one_word_apart(scene_caption(o), scene_caption(scene)) and len(set(nouns(o))) == len(nouns(o))]
+    caption = scene_caption(scene)
+    return [other for other in _exchanges(scene, *_WORDS[change])
+            if one_word_apart(scene_caption(other), caption) and not _repeats_a_noun(other)]
 
 # %% ../../nbs/evidence/04_one_word.ipynb #74cd00a2
 class WordPair(NamedTuple):
@@ -76,19 +90,24 @@ def one_word_pairs(
             two = [scene, random.choice(others)]
             used |= set(map(scene_caption, two))
             pairs.append(WordPair(change, *random.sample(two, 2)))
-        if len(pairs) == before: raise ValueError(f"no pair for {change!r} among {len(scenes)} scenes; give more scenes, or fewer seen captions")
+        if len(pairs) == before:
+            raise ValueError(f"no pair for {change!r} among {len(scenes)} scenes; "
+                             "give more scenes, or fewer seen captions")
     return pairs
 
 # %% ../../nbs/evidence/04_one_word.ipynb #e83db65a
 _ORDERS = np.array(list(itertools.permutations(range(4))))  # every way to break a tie of four
 
 def winoground(
-    similarities: np.ndarray,  # (n, 2, 2) of n pairs: caption, image; the right ones on the diagonal
+    similarities: np.ndarray,  # (n, 2, 2) pair, caption, image; the right ones on the diagonal
 ) -> dict[str, np.ndarray]:  # text, image, group: (n,) in 0 … 1
-    "Winoground's scores of each pair (Thrush et al. 2022); a tie counts its expected value over all orders of the four."
+    "Winoground's scores of each pair; a tie counts its expected value over all orders of the four."
     s = np.round(np.asarray(similarities, np.float64), 10)
-    if s.ndim != 3 or s.shape[1:] != (2, 2): raise ValueError(f"similarities have shape {s.shape}; expected (n, 2, 2): pair, caption, image")
-    if not np.isfinite(s).all(): raise ValueError("similarities hold NaN or infinite values; the model has diverged")
+    if s.ndim != 3 or s.shape[1:] != (2, 2):
+        raise ValueError(f"similarities have shape {s.shape}; "
+                         "expected (n, 2, 2): pair, caption, image")
+    if not np.isfinite(s).all():
+        raise ValueError("similarities hold NaN or infinite values; the model has diverged")
     smaller = (s.reshape(-1, 4, 1) > s.reshape(-1, 1, 4)).sum(2)
     s = (4 * smaller[:, None] + _ORDERS).reshape(len(s), len(_ORDERS), 2, 2)
     text = (s[..., 0, 0] > s[..., 1, 0]) & (s[..., 1, 1] > s[..., 0, 1])
@@ -97,19 +116,23 @@ def winoground(
 
 # %% ../../nbs/evidence/04_one_word.ipynb #d703a79b
 def pair_similarities(
-    image_features: np.ndarray | torch.Tensor,  # (2n, d) first and second picture of each pair in turn
+    image_features: np.ndarray | torch.Tensor,  # (2n, d) both pictures of each pair in turn
     text_features: np.ndarray | torch.Tensor,  # (2n, d) their captions likewise
 ) -> np.ndarray:  # (n, 2, 2) pair, caption, image
     "The four cosines of each pair."
-    images, texts = normalize(finite_matrix("image features", image_features)), normalize(finite_matrix("text features", text_features))
-    if images.shape != texts.shape or len(images) % 2: raise ValueError(f"image features {images.shape}, text features {texts.shape}; expected the same, with two rows a pair")
-    return np.einsum("ncd,nid->nci", *(x.reshape(-1, 2, x.shape[1]) for x in (texts, images)))
+    images = normalize(finite_matrix("image features", image_features))
+    texts = normalize(finite_matrix("text features", text_features))
+    if images.shape != texts.shape or len(images) % 2:
+        raise ValueError(f"image features {images.shape}, text features {texts.shape}; "
+                         "expected the same, with two rows a pair")
+    texts, images = (x.reshape(-1, 2, x.shape[1]) for x in (texts, images))
+    return np.einsum("ncd,nid->nci", texts, images)
 
 # %% ../../nbs/evidence/04_one_word.ipynb #0c877216
 def score_pairs(
     student: Towers,
     pairs: Sequence[WordPair],
-    images: torch.Tensor | None = None,  # (2n, …) prepared pictures or trunk features, if they are there already
+    images: torch.Tensor | None = None,  # (2n, …) prepared, or trunk features; None: draw them
 ) -> dict[str, np.ndarray]:  # text, image, group: (n,) each
     "Draw both scenes of each pair, encode them, and score."
     scenes = [s for p in pairs for s in (p.first, p.second)]

@@ -23,17 +23,22 @@ from ..data import TEST_SEED, Pairs, Split, openmoji_table
 from ..training import Material
 
 # %% ../../nbs/evidence/01_scenes.ipynb #db959380
-NOUNS = {n: n for n in ("anchor", "balloon", "banana", "bell", "bicycle", "bird", "bus", "cactus", "candle", "carrot", "cat",
-                        "chair", "crown", "dog", "fish", "frog", "ghost", "guitar", "horse", "house", "key", "mushroom", "pizza",
-                        "rabbit", "robot", "rocket", "snail", "tulip", "turtle", "umbrella")}
-NOUNS |= {"car": "oncoming automobile", "tree": "deciduous tree"}  # noun → caption of its OpenMoji drawing
+_SAME = """anchor balloon banana bell bicycle bird bus cactus candle carrot cat chair crown dog fish
+frog ghost guitar horse house key mushroom pizza rabbit robot rocket snail tulip turtle umbrella"""
+NOUNS = {noun: noun for noun in _SAME.split()}  # noun → caption of its OpenMoji drawing
+NOUNS |= {"car": "oncoming automobile", "tree": "deciduous tree"}
 PLURALS = {"fish": "fishes", "cactus": "cactuses", "bus": "buses"}  # all others take an s
-COLOURS = {"red": "#d62020", "orange": "#f08000", "yellow": "#d8b800", "green": "#1f9a3a", "blue": "#2050d0", "purple": "#8a30b0"}
+
+# %% ../../nbs/evidence/01_scenes.ipynb #a1000002
+COLOURS = {"red": "#d62020", "orange": "#f08000", "yellow": "#d8b800",
+           "green": "#1f9a3a", "blue": "#2050d0", "purple": "#8a30b0"}
 SIZES = {"small": 0.6, "big": 1.5}  # times the usual side
-PLACES = {"at the top": (0.5, 0.25), "at the bottom": (0.5, 0.75), "on the left": (0.25, 0.5), "on the right": (0.75, 0.5)}
-TIMES = {"at dawn": "#f7d0c4", "at noon": "#cfeaff", "at dusk": "#c9a0d8", "at night": "#303a60"}  # the sky
+PLACES = {"at the top": (0.5, 0.25), "at the bottom": (0.5, 0.75),
+          "on the left": (0.25, 0.5), "on the right": (0.75, 0.5)}
+TIMES = {"at dawn": "#f7d0c4", "at noon": "#cfeaff", "at dusk": "#c9a0d8", "at night": "#303a60"}
 VERBS = ("falling", "running", "jumping", "sleeping")
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first thing is, y downwards
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0),  # where the first thing is,
+             "above": (0, -1), "below": (0, 1)}  # x to the right and y downwards
 COUNTS = {2: "two", 3: "three", 4: "four"}
 
 # %% ../../nbs/evidence/01_scenes.ipynb #bca3e05b
@@ -64,9 +69,10 @@ def _phrase(thing: Thing) -> str:
 
 # %% ../../nbs/evidence/01_scenes.ipynb #4ca6e2f4
 def scene_caption(scene: Scene) -> str:  # in lower case, words with single spaces between
-    "What there is to say of a scene, in a fixed order: two scenes with one caption are the same but for their kind."
+    "What there is to say of a scene, in a fixed order."
+    things = f" {scene.relation} ".join(map(_phrase, scene.things))
     absent = scene.absent and f"but no {scene.absent}"
-    return " ".join(filter(None, (f" {scene.relation} ".join(map(_phrase, scene.things)), absent, scene.place, scene.time)))
+    return " ".join(filter(None, (things, absent, scene.place, scene.time)))
 
 # %% ../../nbs/evidence/01_scenes.ipynb #23c1f353
 _FORMS = {  # kind → (its share of the captions, what its captions may speak of)
@@ -75,16 +81,19 @@ _FORMS = {  # kind → (its share of the captions, what its captions may speak o
     "spatial": (2, ["one place"]),
     "temporal": (2, ["one time"]),
     "verb": (2, ["one verb"]),
-    "two objects, one attribute": (10, ["one adjective two", "one relation two", "one two time", "one two verb2"]),
-    "two objects, two attributes": (12, ["one adjective two adjective2", "one adjective relation two adjective2", "one adjective two verb2"]),
+    "two objects, one attribute": (
+        10, ["one adjective two", "one relation two", "one two time", "one two verb2"]),
+    "two objects, two attributes": (
+        12, ["one adjective two adjective2", "one adjective relation two adjective2",
+             "one adjective two verb2"]),
     "plural": (6, ["one count", "one count two", "one count colour"]),
     "negation": (6, ["one absent", "one adjective absent"]),
 }
 
 # %% ../../nbs/evidence/01_scenes.ipynb #241c496d
 KINDS = tuple(_FORMS)
-_CHOICES = dict(adjective=(*COLOURS, *SIZES), colour=tuple(COLOURS), count=tuple(COUNTS), verb=VERBS, relation=tuple(RELATIONS),
-                place=tuple(PLACES), time=tuple(TIMES))
+_CHOICES = dict(adjective=(*COLOURS, *SIZES), colour=tuple(COLOURS), count=tuple(COUNTS),
+                relation=tuple(RELATIONS), place=tuple(PLACES), time=tuple(TIMES), verb=VERBS)
 _CHOICES |= dict(adjective2=_CHOICES["adjective"], verb2=VERBS)  # said of the second thing
 
 # %% ../../nbs/evidence/01_scenes.ipynb #6c1f664e
@@ -97,9 +106,11 @@ def random_scene(
     form = random.choice(_FORMS[kind][1]).split()
     one, two = random.sample(sorted(NOUNS), 2)
     drawn = {slot: random.choice(_CHOICES[slot]) for slot in form if slot in _CHOICES}
-    things = [Thing(one, drawn.get("count", 1), drawn.get("adjective") or drawn.get("colour"), drawn.get("verb"))]
+    adjective = drawn.get("adjective") or drawn.get("colour")
+    things = [Thing(one, drawn.get("count", 1), adjective, drawn.get("verb"))]
     if "two" in form: things.append(Thing(two, 1, drawn.get("adjective2"), drawn.get("verb2")))
-    return Scene(kind, tuple(things), drawn.get("relation", "and"), drawn.get("place"), drawn.get("time"), two if "absent" in form else None)
+    return Scene(kind, tuple(things), drawn.get("relation", "and"), drawn.get("place"),
+                 drawn.get("time"), two if "absent" in form else None)
 
 # %% ../../nbs/evidence/01_scenes.ipynb #646fe7a9
 def make_scenes(
@@ -125,21 +136,31 @@ def _drawing_paths() -> dict[str, Path]:
 def _drawing(noun: str, colour: str | None) -> Image.Image:
     "The noun's OpenMoji drawing on a transparent square, in shades of one colour or as it is."
     import resvg_py
-    png = bytes(resvg_py.svg_to_bytes(svg_path=str(_drawing_paths()[NOUNS[noun]]), width=64, height=64))
+    path = str(_drawing_paths()[NOUNS[noun]])
+    png = bytes(resvg_py.svg_to_bytes(svg_path=path, width=64, height=64))
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
-    if colour is None: return picture
+    return picture if colour is None else _tinted(picture, colour)
+
+# %% ../../nbs/evidence/01_scenes.ipynb #a1000003
+def _tinted(picture: Image.Image, colour: str) -> Image.Image:
+    "The picture in shades of one colour, its transparency kept."
     grey = ImageOps.autocontrast(picture.convert("RGB").convert("L"), 2)
-    pale = Image.blend(*(Image.new("RGB", (1, 1), c) for c in (colour, "white")), 0.3).getpixel((0, 0))
+    flat = [Image.new("RGB", (1, 1), c) for c in (colour, "white")]
+    pale = Image.blend(*flat, 0.3).getpixel((0, 0))
     out = ImageOps.colorize(grey, "black", pale, mid=colour).convert("RGBA")
     out.putalpha(picture.getchannel("A"))
     return out
 
 # %% ../../nbs/evidence/01_scenes.ipynb #90623218
-_POSES = {  # verb → (turn in degrees, where the drawing lies in its square, strokes); all within a square of side 1
+def _zigzag(x: float, y: float, side: float) -> tuple:
+    return (x, y), (x + side, y), (x, y + side), (x + side, y + side)
+
+_POSES = {  # verb → (turn, where the drawing lies in its square, strokes)
     "falling": (180, (0.5, 1.0), [((x, 0), (x, 0.22)) for x in (0.3, 0.5, 0.7)]),
     "running": (-20, (1.0, 0.5), [((0, y), (0.22, y)) for y in (0.35, 0.5, 0.65)]),
-    "jumping": (0, (0.5, 0.0), [((0.1, 0.97), (0.9, 0.97)), ((0.35, 0.95), (0.5, 0.84), (0.65, 0.95))]),
-    "sleeping": (90, (0.5, 1.0), [((x, y), (x + s, y), (x, y + s), (x + s, y + s)) for x, y, s in ((0.05, 0.15, 0.16), (0.28, 0.02, 0.12))]),
+    "jumping": (0, (0.5, 0.0), [((0.1, 0.97), (0.9, 0.97)),
+                                ((0.35, 0.95), (0.5, 0.84), (0.65, 0.95))]),
+    "sleeping": (90, (0.5, 1.0), [_zigzag(0.05, 0.15, 0.16), _zigzag(0.28, 0.02, 0.12)]),
 }
 
 # %% ../../nbs/evidence/01_scenes.ipynb #344897b2
@@ -151,30 +172,39 @@ def _posed(picture: Image.Image, verb: str) -> Image.Image:
     canvas.alpha_composite(picture.rotate(turn), (round(across * room), round(down * room)))
     pen = ImageDraw.Draw(canvas)
     for stroke in strokes:
-        pen.line([(x * canvas.width, y * canvas.width) for x, y in stroke], (90, 90, 90, 255), max(1, picture.width // 16))
+        points = [(x * canvas.width, y * canvas.width) for x, y in stroke]
+        pen.line(points, (90, 90, 90, 255), max(1, picture.width // 16))
     return canvas
 
 # %% ../../nbs/evidence/01_scenes.ipynb #762cf012
+def _place(page: Image.Image, thing: Thing, centre: tuple, unit: float, random: Random) -> None:
+    "Put the thing on the page, around a centre in shares of the page; unit: usual side in pixels."
+    size, side = page.width, unit if thing.count == 1 else unit * 0.55
+    width = max(4, round(side * SIZES.get(thing.adjective, 1.0)))
+    drawing = _drawing(thing.noun, COLOURS.get(thing.adjective))
+    picture = drawing.resize((width, width), Image.Resampling.BILINEAR)
+    if thing.verb: picture = _posed(picture, thing.verb)
+    corners = [(-1, -1), (1, 1), (1, -1), (-1, 1)][:thing.count] if thing.count > 1 else [(0, 0)]
+    for corner in corners:
+        at = [c * size + k * 0.6 * side + random.uniform(-0.03, 0.03) * size - picture.width / 2
+              for c, k in zip(centre, corner)]
+        inside = [min(max(round(v), 0), size - picture.width) for v in at]
+        page.alpha_composite(picture, tuple(inside))
+
+# %% ../../nbs/evidence/01_scenes.ipynb #a1000004
 def draw_scene(
     scene: Scene,
     size: int = 128,  # side of the picture in pixels
 ) -> np.ndarray:  # (size, size, 3) uint8
-    "The scene as a picture; what the caption leaves open depends on the caption alone. Pictures: OpenMoji, CC BY-SA 4.0."
+    "The scene as a picture, which depends on the caption alone. Pictures: OpenMoji, CC BY-SA 4.0."
     random = Random(scene_caption(scene))
     page = Image.new("RGBA", (size, size), TIMES.get(scene.time, "white"))
-    unit, centres = size * 0.5, [PLACES.get(scene.place, (0.5, 0.5))]  # of a single thing, in shares of the page
+    unit, centres = size * 0.5, [PLACES.get(scene.place, (0.5, 0.5))]
     if len(scene.things) == 2:
         dx, dy = RELATIONS.get(scene.relation) or random.choice([(-1, 0), (1, 0)])
-        unit, centres = size * 0.38, [(0.5 + 0.25 * dx, 0.5 + 0.25 * dy), (0.5 - 0.25 * dx, 0.5 - 0.25 * dy)]
-    for thing, (x, y) in zip(scene.things, centres):
-        side = unit if thing.count == 1 else unit * 0.55
-        width = max(4, round(side * SIZES.get(thing.adjective, 1.0)))
-        picture = _drawing(thing.noun, COLOURS.get(thing.adjective)).resize((width, width), Image.Resampling.BILINEAR)
-        if thing.verb: picture = _posed(picture, thing.verb)
-        corners = [(0, 0)] if thing.count == 1 else [(-1, -1), (1, 1), (1, -1), (-1, 1)][:thing.count]
-        for i, j in corners:
-            corner = (c * size + k * 0.6 * side + random.uniform(-0.03, 0.03) * size - picture.width / 2 for c, k in ((x, i), (y, j)))
-            page.alpha_composite(picture, tuple(min(max(round(v), 0), size - picture.width) for v in corner))
+        unit = size * 0.38
+        centres = [(0.5 + 0.25 * dx, 0.5 + 0.25 * dy), (0.5 - 0.25 * dx, 0.5 - 0.25 * dy)]
+    for thing, centre in zip(scene.things, centres): _place(page, thing, centre, unit, random)
     return np.asarray(page.convert("RGB"))
 
 # %% ../../nbs/evidence/01_scenes.ipynb #5fc17166
@@ -182,10 +212,11 @@ def scene_pairs(
     scenes: Sequence[Scene],
     size: int = 128,  # side of the pictures in pixels
 ) -> Pairs:  # base concept: the caption itself; no classes
-    "Captions and pictures of scenes, as the rest of the course reads them. Pictures: OpenMoji, CC BY-SA 4.0."
+    "Captions and pictures of scenes as pairs. Pictures: OpenMoji, CC BY-SA 4.0."
     if not len(scenes): raise ValueError("no scenes; make some with make_scenes")
     captions = [scene_caption(s) for s in scenes]
-    return Pairs(np.stack([draw_scene(s, size) for s in scenes]), captions, list(captions), *([None] * len(scenes) for _ in range(2)))
+    images = np.stack([draw_scene(s, size) for s in scenes])
+    return Pairs(images, captions, list(captions), *([None] * len(scenes) for _ in range(2)))
 
 # %% ../../nbs/evidence/01_scenes.ipynb #7d837007
 def split_captions(
@@ -194,7 +225,7 @@ def split_captions(
     val: float = 0.1,  # share of the different captions for validation
     test: float = 0.2,  # share of the different captions for test
 ) -> Split:  # no caption lies in two parts; every word of val and test occurs in train
-    "Split by caption; a caption that brings a word which no other has brought before always goes to train."
+    "Split by caption; a caption that brings a new word always goes to train."
     shuffled = np.random.default_rng(TEST_SEED).permutation(sorted(set(captions))).tolist()
     known, first, free = set(), [], []
     for caption in shuffled:
@@ -202,7 +233,8 @@ def split_captions(
         known |= set(caption.split())
     n_val, n_test = round(val * len(shuffled)), round(test * len(shuffled))
     if min(n_val, n_test) < 0 or n_val + n_test > len(free):
-        raise ValueError(f"val={val} and test={test} of {len(shuffled)} different captions; {len(first)} must be trained on; give more")
+        raise ValueError(f"val={val} and test={test} of {len(shuffled)} different captions; "
+                         f"{len(first)} bring new words and must be trained on; give more")
     rest = np.random.default_rng(seed).permutation(free[n_test:]).tolist()
     part = dict.fromkeys(free[:n_test], 2) | dict.fromkeys(rest[:n_val], 1)
     which = np.array([part.get(c, 0) for c in captions])
@@ -230,12 +262,14 @@ def bag_of_words(
 def load_captions(
     path: str | Path,  # a .txt file in UTF-8, one caption a line
 ) -> list[str]:  # without blank lines; runs of spaces folded to one
-    "Your own captions."
-    path = Path(path)
-    if path.suffix.lower() != ".txt": raise ValueError(f"{path} ends in {path.suffix!r}; expected a .txt file, one caption a line")
-    if not path.is_file(): raise FileNotFoundError(f"no captions file {path}; expected a .txt file, one caption a line")
+    "Your own captions; raises ValueError or FileNotFoundError for a file that has none."
+    path, expected = Path(path), "expected a .txt file, one caption a line"
+    if path.suffix.lower() != ".txt":
+        raise ValueError(f"{path} ends in {path.suffix!r}; {expected}")
+    if not path.is_file(): raise FileNotFoundError(f"no captions file {path}; {expected}")
     try: lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error: raise ValueError(f"cannot read {path}: {error}; expected UTF-8 text") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: {error}; expected UTF-8 text") from error
     captions = [" ".join(line.split()) for line in lines if line.strip()]
     if not captions: raise ValueError(f"no captions: {path} has no line with text")
     return captions
@@ -243,11 +277,16 @@ def load_captions(
 # %% ../../nbs/evidence/01_scenes.ipynb #0833f4b6
 def scene_material(
     scenes: Sequence[Scene],  # n scenes to train on
-    embeddings: np.ndarray | None = None,  # (n, d) raw teacher embeddings of their captions; None: word counts, for alpha = beta = 0
+    embeddings: np.ndarray | None = None,  # (n, d) raw teacher embeddings; None: word counts
     size: int = 128,  # side of the pictures in pixels
 ) -> Material:
-    "What a run on scenes is made from, for recipes with first_steps=0 and word_table=False; without a teacher it is of use for plain CLIP alone."
+    """What a run on scenes is made from, for recipes with first_steps=0 and word_table=False.
+
+    Word counts instead of a teacher will do for plain CLIP alone, that is alpha = beta = 0."""
     pairs = scene_pairs(scenes, size)
     if embeddings is None: embeddings = bag_of_words(pairs.captions)(pairs.captions)
-    if len(embeddings) != len(scenes): raise ValueError(f"{len(embeddings)} embeddings for {len(scenes)} scenes; expected one each")
-    return Material(pairs, embeddings, pairs.captions[:1], embeddings[:1], None)  # a word that no step draws
+    if len(embeddings) != len(scenes):
+        raise ValueError(f"{len(embeddings)} embeddings for {len(scenes)} scenes; "
+                         "expected one each")
+    no_step_draws_it = pairs.captions[:1], embeddings[:1]
+    return Material(pairs, embeddings, *no_step_draws_it, None)

@@ -27,59 +27,76 @@ from ..training import learning_rate
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #e7b8ee5f
 class Autoencoder(NamedTuple):
-    "A T5 whose encoder is pooled to one vector a caption, and whose decoder writes the caption again."
+    "A T5: its encoder is pooled to one vector a caption, its decoder writes the caption again."
     model: Any  # transformers T5ForConditionalGeneration
     tokenizer: Any  # that ends each caption with its end token
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #37a01897
-def _caption_tokenizer(captions: Sequence[str], size: int = 1000) -> Any:
-    "Byte-level BPE trained on these captions: frequent words become one token, and any text can be written and read."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+def _empty_bpe() -> Any:
+    "A byte-level BPE that has learned nothing yet: any text can be written and read."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "</s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    ends = dict(single="$A </s>", special_tokens=[("</s>", 1)])
+    bpe.post_processor = processors.TemplateProcessing(**ends)
+    return bpe
+
+def _caption_tokenizer(captions: Sequence[str], size: int = 1000) -> Any:
+    "Byte-level BPE trained on these captions: frequent words become one token."
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe, alphabet = _empty_bpe(), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "</s>"],
+                                  show_progress=False, initial_alphabet=alphabet)
     bpe.train_from_iterator(captions, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>",
+                                   clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #f80bb789
 def _small_t5(captions: Sequence[str], seed: int) -> tuple[Any, Any]:
-    "A T5 of 128 dimensions and 2 + 2 layers with random weights, and a vocabulary of the captions' own."
+    "A T5 of 128 dimensions and 2 + 2 layers with random weights, and the captions' own vocabulary."
     from transformers import T5Config, T5ForConditionalGeneration
     tokenizer = _caption_tokenizer(captions)
-    config = T5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=2, num_decoder_layers=2,
-                      dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, num_heads=4, d_ff=256,
+                      num_layers=2, num_decoder_layers=2, dropout_rate=0.0,
+                      pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
     with torch.random.fork_rng([]):  # the caller's random state stays as it is
         torch.default_generator.manual_seed(seed)
         model = T5ForConditionalGeneration(config)
-        for stack in (model.encoder, model.decoder):  # T5 starts almost blind to positions; so the heads tell near from far at once
-            nn.init.normal_(stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
+        for stack in (model.encoder, model.decoder):  # the heads tell near from far at once
+            attention = stack.block[0].layer[0].SelfAttention
+            nn.init.normal_(attention.relative_attention_bias.weight, std=2.0)
     return model, tokenizer
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #0b9878fe
 def build_autoencoder(
     captions: Sequence[str],  # training captions: the small T5 takes its vocabulary from them
-    name: str | None = None,  # None: small, with random weights; or a T5 on the hub, such as 't5-large'; or a local folder
+    name: str | None = None,  # None: small, random weights; or a T5 of the hub, or a folder
     seed: int = 0,  # of the random weights
     device: str = "cpu",  # where the model runs
 ) -> Autoencoder:
-    "A T5 to train with train_autoencoder; raises FileNotFoundError where no T5 of that name can be loaded."
+    "A T5 to train with train_autoencoder; raises FileNotFoundError if there is no T5 of that name."
     from transformers import AutoTokenizer, T5ForConditionalGeneration
-    if isinstance(captions, str) or not len(captions): raise ValueError(f"captions={captions!r}; expected a list of captions, not empty")
-    try: model, tokenizer = (c.from_pretrained(name) for c in (T5ForConditionalGeneration, AutoTokenizer)) if name else _small_t5(captions, seed)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"cannot load T5 {name!r}: {error}; expected a T5 on the hub, such as 't5-large', or a folder with one") from error
+    if isinstance(captions, str) or not len(captions):
+        raise ValueError(f"captions={captions!r}; expected a list of captions, not empty")
+    if not name: model, tokenizer = _small_t5(captions, seed)
+    else:
+        kinds = T5ForConditionalGeneration, AutoTokenizer
+        try: model, tokenizer = (kind.from_pretrained(name) for kind in kinds)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"cannot load T5 {name!r}: {error}; expected a T5 on the hub, "
+                                    "such as 't5-large', or a folder with one") from error
     return Autoencoder(model.to(device).eval(), tokenizer)
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #af5da9fa
 def caption_tokens(
     autoencoder: Autoencoder,
     captions: Sequence[str],  # n captions
-) -> tuple[torch.Tensor, torch.Tensor]:  # ids (n, t), mask (n, t): 1 for tokens with the end token, 0 for padding
-    "T5's tokens, padded on the right to the longest caption."
-    tokens = autoencoder.tokenizer(list(captions), return_tensors="pt", padding=True).to(autoencoder.model.device)
+) -> tuple[torch.Tensor, torch.Tensor]:  # ids (n, t), mask (n, t): 1 for tokens, 0 for padding
+    "T5's tokens with the end token, padded on the right to the longest caption."
+    tokens = autoencoder.tokenizer(list(captions), return_tensors="pt", padding=True)
+    tokens = tokens.to(autoencoder.model.device)
     return tokens["input_ids"], tokens["attention_mask"]
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #f17b8a85
@@ -88,18 +105,20 @@ def t5_vectors(
     ids: torch.Tensor,  # (n, t) token ids
     mask: torch.Tensor,  # (n, t) 1 for tokens, 0 for padding
 ) -> torch.Tensor:  # (n, d)
-    "One vector a caption: the mean of the encoder's outputs over the tokens. The paper does not say how it pools."
-    return mean_pool(autoencoder.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+    "One vector a caption: the mean of the encoder's outputs over the tokens."
+    states = autoencoder.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return mean_pool(states, mask)
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #2a62664a
 def decoder_logits(
     autoencoder: Autoencoder,
     vectors: torch.Tensor,  # (n, d) of T5's dimension: all that the decoder can look at
     ids: torch.Tensor,  # (n, t) token ids of the true captions
-) -> torch.Tensor:  # (n, t, vocabulary): for each position the next token, given the *true* tokens before it
-    "Teacher forcing: the decoder reads the truth shifted by one and attends to a sequence of one vector."
-    shifted = autoencoder.model.prepare_decoder_input_ids_from_labels(ids)
-    return autoencoder.model(encoder_outputs=(vectors[:, None],), decoder_input_ids=shifted).logits
+) -> torch.Tensor:  # (n, t, vocabulary): the next token, given the *true* tokens before it
+    "Teacher forcing: the decoder reads the truth shifted by one and attends to one vector."
+    model, seen = autoencoder.model, (vectors[:, None],)
+    shifted = model.prepare_decoder_input_ids_from_labels(ids)
+    return model(encoder_outputs=seen, decoder_input_ids=shifted).logits
 
 def decoder_loss(
     autoencoder: Autoencoder,
@@ -107,19 +126,31 @@ def decoder_loss(
     ids: torch.Tensor,  # (n, t) token ids of the true captions
     mask: torch.Tensor,  # (n, t) 1 for tokens, 0 for padding
 ) -> torch.Tensor:  # scalar, nats
-    r"Mean cross-entropy $-\log p(w_t \mid w_{<t}, v)$ over all tokens that are not padding."
-    return F.cross_entropy(decoder_logits(autoencoder, vectors, ids).transpose(1, 2), ids.masked_fill(mask == 0, -100))
+    r"Mean cross-entropy $-\log p(w_t \mid w_{<t}, e)$ over all tokens that are not padding."
+    logits = decoder_logits(autoencoder, vectors, ids)
+    return F.cross_entropy(logits.transpose(1, 2), ids.masked_fill(mask == 0, -100))
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #aedf388b
-def _descend(autoencoder: Autoencoder, parameters: Sequence[nn.Parameter], vectors_of: Callable, captions: Sequence[str], steps: int,
-             batch_size: int, lr: float, seed: int, progress: bool = False) -> list[float]:
-    "AdamW on the decoder's loss over random batches; vectors_of(rows, ids, mask) is what the decoder is shown of them."
+def _descend(
+    autoencoder: Autoencoder,
+    parameters: Sequence[nn.Parameter],  # what is trained
+    vectors_of: Callable,  # (rows, ids, mask) → what the decoder is shown of them
+    captions: Sequence[str],
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    progress: bool = False,
+) -> list[float]:  # loss of each step
+    "AdamW on the decoder's loss over random batches."
     if not len(captions): raise ValueError("no captions: expected at least one to train on")
-    if steps < 1 or batch_size < 1 or not lr > 0: raise ValueError(f"steps={steps}, batch_size={batch_size}, lr={lr}; expected all above 0")
-    (ids, mask), optimizer = caption_tokens(autoencoder, captions), torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    if steps < 1 or batch_size < 1 or not lr > 0:
+        raise ValueError(f"steps={steps}, batch_size={batch_size}, lr={lr}; expected all above 0")
+    ids, mask = caption_tokens(autoencoder, captions)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     random, losses = torch.Generator().manual_seed(seed), []
     for step in tqdm(range(steps), disable=not progress):
-        for group in optimizer.param_groups: group["lr"] = learning_rate(step, steps, lr, steps // 20)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, steps // 20)
         rows = torch.randint(len(captions), (batch_size,), generator=random)
         width = int(mask[rows].sum(1).max())
         batch = ids[rows, :width], mask[rows, :width]
@@ -143,7 +174,8 @@ def train_autoencoder(
     "The proof of concept: caption → encoder → one vector → decoder → the same caption."
     model = autoencoder.model.train().requires_grad_(True)
     vectors_of = lambda rows, ids, mask: t5_vectors(autoencoder, ids, mask)
-    losses = _descend(autoencoder, list(model.parameters()), vectors_of, captions, steps, batch_size, lr, seed, progress)
+    how = dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress)
+    losses = _descend(autoencoder, list(model.parameters()), vectors_of, captions, **how)
     model.eval().zero_grad()
     return losses
 
@@ -155,28 +187,37 @@ def read_back(
     max_tokens: int = 64,  # a longer caption is cut
     batch_size: int = 256,  # captions at once
 ) -> list[str]:  # n captions
-    "Greedy decoding: the decoder reads its *own* tokens, the most probable one at each step, until its end token."
+    "Greedy decoding: the decoder reads its *own* most probable tokens, until its end token."
     from transformers.modeling_outputs import BaseModelOutput
-    captions = []
+    model, captions = autoencoder.model, []
+    how = dict(max_new_tokens=max_tokens, do_sample=False, num_beams=1)
     for start in range(0, len(vectors), batch_size):
-        seen = BaseModelOutput(last_hidden_state=vectors[start:start + batch_size, None].to(autoencoder.model.device))
-        ids = autoencoder.model.generate(encoder_outputs=seen, max_new_tokens=max_tokens, do_sample=False, num_beams=1)
+        shown = vectors[start:start + batch_size, None].to(model.device)
+        seen = BaseModelOutput(last_hidden_state=shown)
+        ids = model.generate(encoder_outputs=seen, **how)
         captions += autoencoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return captions
 
+# %% ../../nbs/evidence/02_text_probe.ipynb #a2000004
 @torch.inference_mode()
 def autoencode(
     autoencoder: Autoencoder,
     captions: Sequence[str],  # n captions
 ) -> list[str]:  # n captions, as T5 writes them from its own vector
-    "The proof-of-concept row: captions through T5's own encoder and back."
-    batches = [captions[s:s + 256] for s in range(0, len(captions), 256)]
-    return [c for b in batches for c in read_back(autoencoder, t5_vectors(autoencoder, *caption_tokens(autoencoder, b)))]
+    "The proof of concept: captions through T5's own encoder and back."
+    read = []
+    for start in range(0, len(captions), 256):
+        tokens = caption_tokens(autoencoder, captions[start:start + 256])
+        read += read_back(autoencoder, t5_vectors(autoencoder, *tokens))
+    return read
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #1b4e59e7
 def _check_read(truth: Sequence[str], read: Sequence[str]) -> None:
-    if isinstance(truth, str) or isinstance(read, str): raise ValueError("expected two lists of captions, got a single string")
-    if not len(truth) or len(truth) != len(read): raise ValueError(f"{len(read)} captions read back of {len(truth)}; expected one each, at least one")
+    if isinstance(truth, str) or isinstance(read, str):
+        raise ValueError("expected two lists of captions, got a single string")
+    if not len(truth) or len(truth) != len(read):
+        raise ValueError(f"{len(read)} captions read back of {len(truth)}; "
+                         "expected one each, at least one")
 
 def exact_matches(
     truth: Sequence[str],  # n captions
@@ -214,13 +255,16 @@ def token_accuracy(
     predicted: np.ndarray | torch.Tensor,  # (n, t) token ids
     target: np.ndarray | torch.Tensor,  # (n, t) the right ones
     mask: np.ndarray | torch.Tensor,  # (n, t) 1 for tokens, 0 for padding of the target
-) -> tuple[float, np.ndarray]:  # share of right tokens; (t,) the share at each position, NaN where no caption is so long
+) -> tuple[float, np.ndarray]:  # share of right tokens; (t,) by position, NaN if none is there
     "Right tokens among those that are not padding: all of them, and by position."
     p, y, m = (np.asarray(a) for a in (predicted, target, mask))
-    if not (p.shape == y.shape == m.shape and m.ndim == 2): raise ValueError(f"shapes {p.shape}, {y.shape}, {m.shape}; expected three times the same (n, t)")
+    if not (p.shape == y.shape == m.shape and m.ndim == 2):
+        raise ValueError(f"shapes {p.shape}, {y.shape}, {m.shape}; "
+                         "expected three times the same (n, t)")
     if not m.any(): raise ValueError("mask is 0 everywhere: there are no tokens to compare")
     right, counts = ((p == y) & (m > 0)).sum(0), (m > 0).sum(0)
-    return float(right.sum() / counts.sum()), np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
+    by_position = np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
+    return float(right.sum() / counts.sum()), by_position
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #aae69e49
 def student_encoder(
@@ -231,7 +275,7 @@ def student_encoder(
     @torch.inference_mode()
     def encode(captions):
         tokens = tokenize(student.eval(), captions).to(next(student.parameters()).device)
-        return torch.cat([student.encode_text(tokens[s:s + batch_size]) for s in range(0, len(tokens), batch_size)])
+        return torch.cat([student.encode_text(batch) for batch in tokens.split(batch_size)])
     return encode
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #d79fc635
@@ -243,9 +287,11 @@ class Probe(NamedTuple):
 
 def _vectors(vectors: Any, captions: Sequence[str]) -> np.ndarray:
     "(n, d) float64, a row a caption."
-    x = finite_matrix("vectors", vectors)
-    if len(x) != len(captions): raise ValueError(f"vectors have shape {x.shape}; expected ({len(captions)}, d), one row a caption")
-    return x
+    rows = finite_matrix("vectors", vectors)
+    if len(rows) != len(captions):
+        raise ValueError(f"vectors have shape {rows.shape}; "
+                         f"expected ({len(captions)}, d), one row a caption")
+    return rows
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #1ed30786
 def fit_probe(
@@ -255,27 +301,32 @@ def fit_probe(
     steps: int = 400,  # of AdamW
     batch_size: int = 64,  # captions a step
     lr: float = 1.5e-2,  # peak learning rate
-    seed: int = 0,  # of the adapter's start and of the batches; torch's own random state stays as it is
+    seed: int = 0,  # of the adapter's start and the batches; torch's random state stays as it is
     progress: bool = False,  # show a bar
 ) -> tuple[Probe, list[float]]:  # the probe, on the autoencoder's device; loss of each step
-    "Train a linear layer and a layer normalisation between a frozen encoder and the frozen decoder, as the paper does."
-    model, x = autoencoder.model.eval().requires_grad_(False), _vectors(vectors, captions)
+    "Train a linear layer and a layer normalisation between frozen vectors and the frozen decoder."
+    model, rows_in = autoencoder.model.eval().requires_grad_(False), _vectors(vectors, captions)
+    width = model.config.d_model
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
-        adapter = nn.Sequential(nn.Linear(x.shape[1], model.config.d_model), nn.LayerNorm(model.config.d_model)).to(model.device)
-    scaler = StandardScaler().fit(x)
-    inputs = torch.from_numpy(scaler.transform(x)).float().to(model.device)
+        adapter = nn.Sequential(nn.Linear(rows_in.shape[1], width), nn.LayerNorm(width))
+    adapter.to(model.device)
+    scaler = StandardScaler().fit(rows_in)
+    inputs = torch.from_numpy(scaler.transform(rows_in)).float().to(model.device)
     shown = lambda rows, ids, mask: adapter(inputs[rows])
-    losses = _descend(autoencoder, list(adapter.parameters()), shown, captions, steps, batch_size, lr, seed, progress)
+    losses = _descend(autoencoder, list(adapter.parameters()), shown, captions, steps, batch_size,
+                      lr, seed, progress)
     return Probe(autoencoder, scaler, adapter), losses
 
+# %% ../../nbs/evidence/02_text_probe.ipynb #a2000005
 @torch.inference_mode()
 def probe_inputs(
     probe: Probe,
     vectors: np.ndarray | torch.Tensor,  # (n, d) of the tested encoder
 ) -> torch.Tensor:  # (n, d of T5): what the frozen decoder is shown
     "Standardise, then linear layer and layer normalisation."
-    return probe.adapter(torch.from_numpy(probe.scaler.transform(finite_matrix("vectors", vectors))).float().to(probe.autoencoder.model.device))
+    standard = probe.scaler.transform(finite_matrix("vectors", vectors))
+    return probe.adapter(torch.from_numpy(standard).float().to(probe.autoencoder.model.device))
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #2c8b30c9
 def probe_captions(
@@ -286,7 +337,9 @@ def probe_captions(
     **settings: Any,  # of fit_probe: steps, batch_size, lr, seed, progress
 ) -> list[str]:  # what is read back of the test captions
     "The whole protocol for one encoder: fit the adapter on some captions, read back others."
-    if shared := set(train) & set(test): raise ValueError(f"{len(shared)} captions lie in train and test, such as {min(shared)!r}; split by caption")
+    if shared := set(train) & set(test):
+        raise ValueError(f"{len(shared)} captions lie in train and test, such as {min(shared)!r}; "
+                         "split by caption")
     probe, _ = fit_probe(autoencoder, encode(list(train)), train, **settings)
     return read_back(autoencoder, probe_inputs(probe, encode(list(test))))
 
@@ -298,7 +351,9 @@ def lookup(
     "An array of vectors as an encoder: for vectors that were computed before."
     rows = dict(zip(captions, _vectors(vectors, captions)))
     def encode(wanted):
-        if unknown := [c for c in wanted if c not in rows]: raise ValueError(f"no vector of {unknown[0]!r}; {len(unknown)} such captions; embed them first")
+        if unknown := [c for c in wanted if c not in rows]:
+            raise ValueError(f"no vector of {unknown[0]!r}; {len(unknown)} such captions; "
+                             "embed them first")
         return np.stack([rows[c] for c in wanted])
     return encode
 
@@ -308,9 +363,10 @@ def probe_scores(
     read: Sequence[str],  # what was read back of each
 ) -> dict[str, float]:  # exact_match with its interval low … high, edit_distance
     "Exact match with a bootstrap interval over captions, and the mean edit distance."
-    hits = exact_matches(truth, read)
+    hits, distances = exact_matches(truth, read), edit_distances(truth, read)
     low, high = bootstrap_interval(hits)
-    return dict(exact_match=float(hits.mean()), low=low, high=high, edit_distance=float(edit_distances(truth, read).mean()))
+    return dict(exact_match=float(hits.mean()), low=low, high=high,
+                edit_distance=float(distances.mean()))
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #602a8664
 def matches_by_kind(
@@ -320,6 +376,7 @@ def matches_by_kind(
 ) -> dict[str, tuple[float, int]]:  # kind → exact match, number of captions
     "Exact match for each kind of caption, in the order in which the kinds first occur."
     hits = exact_matches(truth, read)
-    if len(kinds) != len(hits): raise ValueError(f"{len(kinds)} kinds for {len(hits)} captions; expected one each")
+    if len(kinds) != len(hits):
+        raise ValueError(f"{len(kinds)} kinds for {len(hits)} captions; expected one each")
     groups = {kind: hits[np.array(kinds) == kind] for kind in kinds}
     return {kind: (float(h.mean()), len(h)) for kind, h in groups.items()}
