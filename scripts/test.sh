@@ -24,7 +24,7 @@ python -c "from kklip_nb.teacher import packaged_teacher; print(packaged_teacher
 step "notebooks and solutions"
 # 06 trains the two runs that later notebooks find in the cache, so the course comes first
 test_notebooks() { OMP_NUM_THREADS=1 timeout 1500 nbdev_test --flags teacher --n_workers 2 --timing "$@"; }
-test_notebooks --path nbs --file_re '^(start|0[0-6]_|tools|course)' --skip_folder_re '^(solutions|evidence|scale)$'
+test_notebooks --path nbs --file_re '^(start|0[0-6]_|tools|course|results|own_)' --skip_folder_re '^(solutions|evidence|scale)$'
 test_notebooks --path nbs --file_re '^(0[789]_|index)' --skip_folder_re '^(solutions|evidence|scale|appendix)$'
 for folder in evidence scale solutions; do test_notebooks --path nbs/$folder; done
 

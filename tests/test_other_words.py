@@ -226,7 +226,7 @@ def test_chance_of_many_candidates(rng):
 @pytest.mark.parametrize("q, c, right, said", [
     (np.ones((2, 3)), np.ones((4, 2)), np.ones((2, 4), bool), "3 dimensions, candidate features 2"),
     (np.full((2, 3), NAN), np.ones((4, 3)), np.ones((2, 4), bool), "query features holds NaN"),
-    (np.ones((2, 3)), np.ones((4, 3)), np.zeros((2, 4), bool), "right answer a row"),
+    (np.ones((2, 3)), np.ones((4, 3)), np.zeros((2, 4), bool), "right answer in each row"),
     (np.ones((2, 3)), np.ones((4, 3)), np.ones((2, 5), bool), r"\(2, 4\)"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_refused(q, c, right, said):
