@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import re
 import sys
 from itertools import permutations
@@ -226,7 +225,7 @@ def test_chance_of_many_candidates(rng):
 @pytest.mark.parametrize("q, c, right, said", [
     (np.ones((2, 3)), np.ones((4, 2)), np.ones((2, 4), bool), "3 dimensions, candidate features 2"),
     (np.full((2, 3), NAN), np.ones((4, 3)), np.ones((2, 4), bool), "query features holds NaN"),
-    (np.ones((2, 3)), np.ones((4, 3)), np.zeros((2, 4), bool), "right answer a row"),
+    (np.ones((2, 3)), np.ones((4, 3)), np.zeros((2, 4), bool), "right answer in each row"),
     (np.ones((2, 3)), np.ones((4, 3)), np.ones((2, 5), bool), r"\(2, 4\)"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_refused(q, c, right, said):
@@ -326,16 +325,3 @@ def test_the_results_are_drawn_with_intervals_over_seeds(tmp_path):
     plt.close(ax.figure)
     with pytest.raises(ValueError, match="make study"):
         plot_precisions(lines, split="train")
-
-
-def test_the_notebook_s_cell_of_results_runs_on_a_small_file_and_on_none(tmp_path, capsys):
-    import csv
-    notebook = NOTEBOOKS / "evidence" / "05_other_words.ipynb"
-    cells = ["".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
-    (cell,) = [c for c in cells if "results/other_words.csv" in c and c.startswith("results =")]
-    names = dict(Path=Path, csv=csv, plot_precisions=plot_precisions, plt=plt)
-    exec(cell.replace("../../results/other_words.csv", str(tmp_path / "other_words.csv")), names)
-    assert "make study" in capsys.readouterr().out
-    exec(cell.replace("../../results/other_words.csv", str(made_up(tmp_path))), names)
-    assert names["ax"].get_title()
-    plt.close("all")
