@@ -48,6 +48,7 @@ def _stem(word: str) -> str:
     from snowballstemmer import stemmer
     return stemmer("english").stemWord(word)
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c04
 def word_forms(
     word: str,  # in lower case
 ) -> set[str]:  # words that share one of these count as the same
@@ -68,6 +69,19 @@ class Queries(NamedTuple):
     words: list[str]  # q keywords, in alphabetical order
     right: np.ndarray  # (q, n) booleans: which of the n pictures are right
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c03
+def _rows_of(
+    emojis: Sequence[str],  # n emoji, one a picture
+    keywords: Mapping[str, Sequence[str]],
+) -> dict[str, set[int]]:
+    "Each keyword, and the pictures that it fits."
+    rows: dict[str, set[int]] = {}
+    for row, emoji in enumerate(emojis):
+        for keyword in keywords.get(emoji.replace("\ufe0f", ""), ()):
+            rows.setdefault(fold_caption(keyword), set()).add(row)
+    return rows
+
+# %% ../../nbs/evidence/05_other_words.ipynb #05c11
 def other_words(
     captions: Sequence[str],  # n captions: no query shares a word or a stem with any of them
     emojis: Sequence[str],  # n emoji, one a picture
@@ -80,10 +94,7 @@ def other_words(
                          "expected one of each a picture")
     texts = [fold_caption(text) for c in captions for text in (c, c.replace("-", ""))]
     known = set().union(*map(word_forms, set(re.findall(r"[^\W\d_]+", " ".join(texts)))))
-    rows: dict[str, set[int]] = {}
-    for row, emoji in enumerate(emojis):
-        for keyword in keywords.get(emoji.replace("\ufe0f", ""), ()):
-            rows.setdefault(fold_caption(keyword), set()).add(row)
+    rows = _rows_of(emojis, keywords)
     fit = lambda k: re.fullmatch("[a-z]{3,}( [a-z]{3,})*", k) and len(rows[k]) <= most
     words = sorted(k for k in rows if fit(k) and not any(_is_known(w, known) for w in k.split()))
     right = np.zeros((len(words), len(emojis)), bool)
@@ -128,6 +139,7 @@ def _hits_and_rank(similarities: np.ndarray, right: np.ndarray) -> dict[str, np.
     hits = {f"r{k}": hits_at_k(similarities, right, min(k, right.shape[1])) for k in (1, 5)}
     return hits | {"rank": first_place(similarities, right)}
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c05
 def score_queries(
     query_features: np.ndarray | torch.Tensor,  # (q, d)
     candidate_features: np.ndarray | torch.Tensor,  # (m, d)
@@ -184,6 +196,7 @@ def other_words_scores(
 _LOOKS = {"seen": dict(fmt="o", color="#0072B2"),
           "heldout": dict(fmt="s", color="#D55E00", mfc="white")}
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c01
 def plot_precisions(
     lines: Sequence[Mapping],  # student, split, scope, asked and ap (0 … 1), as in other_words.csv
     split: str = "test",  # or 'validation'
@@ -224,6 +237,7 @@ def _place_of_first(found: np.ndarray, right: np.ndarray) -> str:
     hits = np.flatnonzero(right[found])
     return str(hits[0] + 1) if len(hits) else f"> {len(found)}"
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c06
 def _draw_picture(ax: plt.Axes, image: np.ndarray, left: float, top: float, good: bool) -> None:
     "A picture of side 1; a right one has a thick frame and a tick on it."
     ax.imshow(image, extent=(left, left + 1, top + 1, top), interpolation="antialiased", zorder=1)

@@ -85,6 +85,10 @@ ROWS |= {
     "the teacher's other pooling": Row({}, vectors="other pooling", datasets=ONLY_SCENES),
     "raw targets": Row(dict(normalise="raw"), datasets=EMOJI),
     "MLP to the teacher": Row(dict(projection="mlp"), datasets=EMOJI),
+}
+
+# %% ../../nbs/evidence/06_study.ipynb #06c19
+ROWS |= {
     "concepts from images alone": Row(dict(concept_on="image"), datasets=EMOJI),
     "concepts from texts alone": Row(dict(concept_on="text"), datasets=EMOJI),
     "concepts from both side by side": Row(dict(concept_on="concat"), datasets=EMOJI),
@@ -119,6 +123,7 @@ def read_rows(
     if not Path(path).exists(): return []
     with open(path, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
 
+# %% ../../nbs/evidence/06_study.ipynb #06c01
 def write_rows(
     path: str | Path,  # a CSV file
     rows: Sequence[Mapping[str, Any]],  # lines with the same columns
@@ -185,6 +190,7 @@ class Difference(NamedTuple):
     half: float  # half width of its 95 % interval
     p: float  # of the paired t-test, two-sided
 
+# %% ../../nbs/evidence/06_study.ipynb #06c02
 def paired_difference(
     values: np.ndarray,  # (n,) one a seed
     base: np.ndarray,  # (n,) of the row it is compared with, the same seeds
@@ -228,6 +234,8 @@ COLUMNS = {  # (data set, metric) → its name in tables
     ("scenes", "attributes"): "attributes, prompts (scenes)",
     ("scenes", "attributes_probe"): "attributes, probe (scenes)",
 }
+
+# %% ../../nbs/evidence/06_study.ipynb #06c18
 IMAGE = (("openmoji", "knn_image"), ("openmoji", "attributes_probe"),
          ("scenes", "attributes_probe"))  # what the image encoder does by itself
 
@@ -247,6 +255,7 @@ def compare_rows(
             found[name, *column] = paired_difference(scale * values, scale * other)
     return found
 
+# %% ../../nbs/evidence/06_study.ipynb #06c03
 def points(metric: str) -> int:
     "What a metric is multiplied with in tables."
     return 1 if "rank" in metric else 100
@@ -258,6 +267,7 @@ def starred(
     "Which cells of a table get a star."
     return {key for key, q in zip(found, holm([d.p for d in found.values()])) if q < 0.05}
 
+# %% ../../nbs/evidence/06_study.ipynb #06c04
 def star_table(
     found: Mapping[Any, Difference],  # of compare_rows: all cells of one table
 ) -> dict[Any, str]:  # '+1.2 ± 0.8*'
@@ -274,6 +284,7 @@ def markdown_table(
     line = lambda cells: "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
     return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)]) + "\n"
 
+# %% ../../nbs/evidence/06_study.ipynb #06c05
 def level(
     runs: Sequence[Mapping[str, str]],  # of load_study or read_rows
     dataset: str,  # of DATASETS
@@ -310,6 +321,7 @@ STEPS = {"words_seen_all_ap": "other words, AP", "words_heldout_all_ap": "held-o
          "zero_shot": "zero-shot", "knn_text": "kNN text", "knn_image": "kNN image"}
 _BELOW = {"teacher": "*the teacher itself, by captions*", "chance": "*guessing*"}
 
+# %% ../../nbs/evidence/06_study.ipynb #06c06
 def ladder_table(
     runs: Sequence[Mapping[str, str]],  # of load_study
     names: Sequence[str] = (*LADDER, "three losses on pairs alone", *CONTROLS),  # on OpenMoji
@@ -355,6 +367,7 @@ def gap_closed(
 # %% ../../nbs/evidence/06_study.ipynb #426ebee6
 _STYLES = (("o", "#0072B2"), ("s", "#E69F00"), ("D", "black"), ("x", "#CC79A7"), ("^", "#009E73"))
 
+# %% ../../nbs/evidence/06_study.ipynb #06c07
 def plot_differences(
     found: Mapping[tuple[str, str, str], Difference],  # of compare_rows, at most five rows
     columns: Mapping[tuple[str, str], str],  # of `found`: data set and metric → what to call it
