@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import re
 import sys
 from itertools import permutations
@@ -326,16 +325,3 @@ def test_the_results_are_drawn_with_intervals_over_seeds(tmp_path):
     plt.close(ax.figure)
     with pytest.raises(ValueError, match="make study"):
         plot_precisions(lines, split="train")
-
-
-def test_the_notebook_s_cell_of_results_runs_on_a_small_file_and_on_none(tmp_path, capsys):
-    import csv
-    notebook = NOTEBOOKS / "evidence" / "05_other_words.ipynb"
-    cells = ["".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
-    (cell,) = [c for c in cells if "results/other_words.csv" in c and c.startswith("results =")]
-    names = dict(Path=Path, csv=csv, plot_precisions=plot_precisions, plt=plt)
-    exec(cell.replace("../../results/other_words.csv", str(tmp_path / "other_words.csv")), names)
-    assert "make study" in capsys.readouterr().out
-    exec(cell.replace("../../results/other_words.csv", str(made_up(tmp_path))), names)
-    assert names["ax"].get_title()
-    plt.close("all")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from kklip_nb.evidence import runner
 from kklip_nb.evidence import study as ablation
 from kklip_nb.evidence.study import (COLUMNS, CONTROLS, CORE, ENCODERS, LADDER, PAIRS_ALONE, PLAIN, ROWS, SCENES, SEEDS, STEPS, Difference, Row, compare_rows,
                                      gap_closed, holm, ladder_table, level, load_study, markdown_table, other_words_lines, paired_difference, row_recipe,
-                                     seed_values, settings_hash, star_table)
+                                     seed_values, settings_hash, star_table, study_table)
 from kklip_nb.recipe import CLIP, LAPTOP
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +125,45 @@ def test_the_ladder_s_table_holds_levels_and_holm_s_stars(lines):
         assert rows[n][list(STEPS).index(m)].removesuffix("*") == f"{x.mean():.1f} ± {half:.1f}"
 
 
+def test_the_notebook_s_answers_are_those_of_the_file(lines):
+    "Told first and in words: each number in them is computed again here."
+    cells = json.loads((ROOT / "nbs" / "evidence" / "06_study.ipynb").read_text(encoding="utf-8"))["cells"]
+    (told,) = ["".join(c["source"]) for c in cells if "".join(c["source"]).startswith("## The answers")]
+    answers = [line.split(" | ") for line in told.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert len(answers) == 5
+    def points(name, base, dataset, metric):
+        d = compare_rows(lines, {name: base}, [(dataset, metric)])[name, dataset, metric]
+        return f"{d.mean:+.1f} ± {d.half:.1f}"
+    words, names = "words_seen_all_ap", ("i2t_r5", "t2i_r5")
+    first, step, knowledge, image, sentences = (a[2] for a in answers)
+    assert all(level(lines, "openmoji", n, words).split(" ± ")[0] + " %" in first for n in ("CLIP", "KKLIP"))
+    assert points("KKLIP", "CLIP", "openmoji", words) in first
+    assert [points(b, a, "openmoji", words) in step for a, b in zip(LADDER[1:], LADDER[2:])] == [True] * 3
+    above = [points("KKLIP", c, "openmoji", words) for c in CONTROLS]
+    assert min(above, key=lambda t: float(t.split(" ± ")[0])) in knowledge
+    close = sorted((points("KKLIP", c, "openmoji", m) for c in CONTROLS[1:] for m in names), key=lambda t: float(t.split(" ± ")[0]))
+    assert close[0] in knowledge and close[-1] in knowledge
+    assert points("KKLIP", "CLIP", "openmoji", "knn_image") in image
+    assert all(points("KKLIP", "CLIP", "scenes", m) in sentences for m in ("em", "pairs_group"))
+    mean, half = zip(*(points("KKLIP", "CLIP", "openmoji", m).removeprefix("+").split(" ± ") for m in names))
+    assert f"by {mean[0]} points from pictures to captions and by {mean[1]} the other way, both ± {half[0]}" in told and half[0] == half[1]
+
+
+def test_the_answers_stars_and_hints_are_those_of_the_tables(lines):
+    stars = lambda bases, columns: {k for k, t in star_table(compare_rows(lines, bases, columns)).items() if t.endswith("*")}
+    words, names = ("openmoji", "words_seen_all_ap"), [("openmoji", m) for m in ("i2t_r5", "t2i_r5")]
+    columns = [("openmoji", m) for m in STEPS]
+    to_clip = stars({n: "CLIP" for n in CORE if n != "CLIP"}, columns)
+    assert ("KKLIP", *words) in to_clip and not {("KKLIP", *c) for c in [*names, ("openmoji", "knn_image")]} & to_clip
+    assert {(n, *words) for n in LADDER} & stars(dict(zip(LADDER[1:], LADDER)), columns) == {("+ first stage", *words)}
+    found = {(c, *k): d for c in CONTROLS for k, d in compare_rows(lines, {"KKLIP": c}, [c for c in COLUMNS if c[0] == "openmoji"]).items()}
+    above = {k for k, t in star_table(found).items() if t.endswith("*")}
+    assert {(c, "KKLIP", *words) for c in CONTROLS} <= above
+    assert len(above & {(c, "KKLIP", *n) for c in CONTROLS[1:] for n in names}) == 1
+    of_scenes = [c for c in COLUMNS if c[0] == "scenes"]
+    assert {("KKLIP", "scenes", m) for m in ("em", "pairs_group")} <= stars({n: "CLIP" for n in LADDER[2:]}, of_scenes)
+
+
 def test_a_file_of_other_settings_is_refused(tmp_path, lines):
     def written(change):
         copy = [dict(r) for r in lines[:3]] + [dict(next(r for r in lines if r["row"] == "KKLIP"))]
@@ -215,6 +255,13 @@ def test_a_level_is_scipy_s_interval_in_points():
     values = 100 * seed_values(runs, "openmoji", "KKLIP", "knn_text")
     reference = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert level(runs, "openmoji", "KKLIP", "knn_text") == f"{values.mean():.1f} ± {(reference.high - reference.low) / 2:.1f}"
+
+
+def test_a_table_of_differences_leaves_out_what_was_not_run():
+    runs = [dict(row=n, dataset="openmoji", seed=str(s), knn_text=str(v + d * s)) for n, v, d in (("CLIP", 0.1, 0.02), ("KKLIP", 0.3, 0.01)) for s in SEEDS]
+    assert study_table(runs, ["KKLIP", "k 16"]) == "| | CLIP | KKLIP |\n|---|---|---|\n| kNN, text | 14.0 | +18.0 ± 2.0* |\n"
+    assert study_table(runs, ["KKLIP"], dataset="openmoji") == study_table(runs, ["KKLIP"])
+    with pytest.raises(ValueError, match="make study"): study_table(runs, ["k 16"])
 
 
 def test_a_table_in_markdown():

