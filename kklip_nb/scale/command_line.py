@@ -387,5 +387,4 @@ def main(
     return 0
 
 # %% ../../nbs/scale/09_command_line.ipynb #12284906
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
