@@ -175,6 +175,16 @@ def test_an_error_in_a_loader_process_is_told_apart_as_well():
     assert message(found[0]) == "no image no-such-file"
 
 
+def test_a_raise_over_several_lines_in_a_loader_process_is_the_users():
+    "Python 3.13 shows the whole statement."
+    text = ('Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "/x/torch/fetch.py", line 1, in fetch\n    data = rows[i]\n'
+            '           ~~~~^^^\n  File "/x/kklip_nb/data.py", line 2, in read\n    raise ValueError(f"no {name}; "\n                     "give a file")\n')
+    def worker(said): raise RuntimeError(said)
+    assert message(raised(lambda: worker(text + "ValueError: no x; give a file\n"))) == "no x; give a file"
+    deeper = text + '  File "/x/torch/nn.py", line 3, in forward\n    raise ValueError("x")\n'
+    assert message(raised(lambda: worker(deeper + "ValueError: x\n"))) is None
+
+
 def test_a_bug_keeps_its_traceback_with_the_rank_in_front(monkeypatch, capsys):
     def bug(self, recipe): return {}["missing"]
     monkeypatch.setattr(cli.Cluster, "__call__", bug)

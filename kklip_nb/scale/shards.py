@@ -47,7 +47,7 @@ def _describe(shard: int, place: int, caption: str, size: int) -> dict[str, Any]
     return dict(key=f"{shard:05d}{place:04d}", caption=caption, width=size, height=size)
 
 # %% ../../nbs/scale/01_shards.ipynb #0e07e839
-def _write_tar(path: Path, described: list[dict], images: list, size: int) -> None:
+def _write_tar(path: Path, described: list[dict], images: tuple, size: int) -> None:
     from webdataset import TarWriter
     with open(path, "wb") as file, TarWriter(file, mtime=0, encoder=False) as tar:
         for meta, image in zip(described, images):
@@ -60,11 +60,14 @@ def run_lock(
     path: str | Path,  # the lock file; it stays, the lock does not
     wait: float = 0,  # seconds to wait for it
 ) -> Iterator[None]:
-    "Hold a lock while a run writes; raises RuntimeError if another run holds it. A killed run lets go of it."
+    """Hold a lock while a run writes; raises RuntimeError if another run holds it.
+
+    A killed run lets go of it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
     try: lock.acquire(timeout=wait)
-    except filelock.Timeout as error: raise RuntimeError(f"another run is writing here: {path} is locked") from error
+    except filelock.Timeout as error:
+        raise RuntimeError(f"another run is writing here: {path} is locked") from error
     try: yield
     finally: lock.release()
 
@@ -77,42 +80,47 @@ def remove_parts(
 
 # %% ../../nbs/scale/01_shards.ipynb #8960e0a4
 def write_shards(
-    pairs: Iterable[tuple[Any, str]],  # (image, caption): a file, PIL image or (h, w, 3) uint8 array each
+    pairs: Iterable[tuple[Any, str]],  # image (file, PIL or (h, w, 3) uint8 array), caption
     folder: str | Path,  # gets 00000.tar, 00001.tar …
     per_shard: int = 1000,  # pairs a shard, at most 10,000
     size: int = 256,  # side of the pictures in pixels
     progress: bool = False,  # show a bar
 ) -> list[Path]:  # the shards
-    "Pack pairs as img2dataset does. A killed run goes on; raises ValueError if the folder holds other shards."
+    """Pack pairs as img2dataset does; a killed run goes on where it stopped.
+
+    Raises ValueError if the folder holds other shards."""
     from tqdm.auto import tqdm
     if not 1 <= per_shard <= 10_000: raise ValueError(f"per_shard={per_shard}; expected 1 to 10000")
     folder, source, paths = Path(folder), iter(pairs), []
-    with run_lock(folder / ".shards.lock"), tqdm(desc="shards", unit="pair", disable=not progress) as bar:
+    with (run_lock(folder / ".shards.lock"),
+          tqdm(desc="shards", unit="pair", disable=not progress) as bar):
         while batch := list(itertools.islice(source, per_shard)):
             path = folder / f"{len(paths):05d}.tar"
             remove_parts(path)
-            described = [_describe(len(paths), place, caption, size) for place, (_, caption) in enumerate(batch)]
-            images = [image for image, _ in batch]
+            images, captions = zip(*batch)
+            described = [_describe(len(paths), i, c, size) for i, c in enumerate(captions)]
+            write = partial(_write_tar, described=described, images=images, size=size)
             if path.exists(): _check_described(path, described)
-            else: write_atomically(path, partial(_write_tar, described=described, images=images, size=size))
+            else: write_atomically(path, write)
             paths.append(path)
             bar.update(len(batch))
     if other := sorted(set(folder.glob("*.tar")) - set(paths)):
-        raise ValueError(f"{folder} holds other shards, such as {other[0].name}; give an empty folder")
+        raise ValueError(f"{folder} holds other shards, such as {other[0].name}; "
+                         "give an empty folder")
     if not paths: raise ValueError("no pairs: expected at least one (image, caption)")
     return paths
 
 # %% ../../nbs/scale/01_shards.ipynb #8c343e52
 MAX_SHARD_BYTES = 8 * 2**30  # a shard is held in memory
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ",  # gzip, bzip2, xz
+          b"\x5d\x00\x00\x80", b"(\xb5/\xfd")  # lzma, zstd
 
-
-PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00\x80", b"(\xb5/\xfd")  # gzip, bzip2, xz, lzma, zstd
-
-
+# %% ../../nbs/scale/01_shards.ipynb #5e100004
 def _check_tar(url: str, data: bytes) -> None:
     "A ValueError unless these are the bytes of one whole, plain tar file."
     if data[257:262] != b"ustar" or data.startswith(PACKED):
-        raise ValueError(f"{url} is no plain tar file; expected an uncompressed shard as img2dataset writes it")
+        raise ValueError(f"{url} is no plain tar file; "
+                         "expected an uncompressed shard as img2dataset writes it")
     end = 0
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -120,7 +128,8 @@ def _check_tar(url: str, data: bytes) -> None:
                 name, end = repr(member.name), member.offset_data
                 if member.issparse() or not 0 <= member.size <= len(data):
                     raise ValueError(f"{name} claims more than there is")
-                if ".__" in member.name: raise ValueError(f"{name} has an ending that webdataset keeps for itself")
+                if ".__" in member.name:
+                    raise ValueError(f"{name} has an ending that webdataset keeps for itself")
                 if member.isreg(): end += (member.size + 511) // 512 * 512
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{url} is truncated or damaged ({error}); copy it again") from error
@@ -135,8 +144,10 @@ def _read_bytes(url: str) -> bytes:
         raise ValueError(f"{url!r} would run a command or read the terminal; give a file or a URL")
     try:
         with gopen(url) as stream: data = stream.read(MAX_SHARD_BYTES + 1)
-    except (OSError, ValueError) as error: raise FileNotFoundError(f"cannot read shard {url}: {error}") from error
-    if len(data) > MAX_SHARD_BYTES: raise ValueError(f"{url} is larger than {MAX_SHARD_BYTES >> 30} GB")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"cannot read shard {url}: {error}") from error
+    if len(data) > MAX_SHARD_BYTES:
+        raise ValueError(f"{url} is larger than {MAX_SHARD_BYTES >> 30} GB")
     return data
 
 # %% ../../nbs/scale/01_shards.ipynb #f19bda5f
@@ -144,7 +155,7 @@ PICTURES, CAPTIONS = ("jpg", "jpeg", "png", "webp"), ("txt", "json")
 
 
 def _keys_of(names: list[str]) -> Callable[[str], tuple[str | None, str | None]]:
-    "webdataset's way to cut a name into key and ending, but behind the last dot where that gives picture and caption."
+    "Cut a name into key and ending as webdataset does, but at the last dot if that makes a pair."
     endings: dict[str, set[str]] = {}
     for name in names:
         key, _, ending = name.rpartition(".")
@@ -152,13 +163,16 @@ def _keys_of(names: list[str]) -> Callable[[str], tuple[str | None, str | None]]
     hidden = {k for k in endings if k.rpartition("/")[2].startswith(".")}
     whole = {k for k, e in endings.items() if e & {*PICTURES} and e & {*CAPTIONS}} - hidden
     from webdataset.tariterators import base_plus_ext
-    return lambda name: tuple(name.rsplit(".", 1)) if name.rpartition(".")[0] in whole else base_plus_ext(name)
+    def cut(name):
+        if name.rpartition(".")[0] in whole: return tuple(name.rsplit(".", 1))
+        return base_plus_ext(name)
+    return cut
 
 # %% ../../nbs/scale/01_shards.ipynb #5e000011
 def read_shard(
     url: str | Path,  # a .tar file, or a URL of one
 ) -> list[dict[str, Any]]:  # a dict a sample: __key__, and the bytes of each member by its ending
-    "The samples of one shard in their order, as bytes: nothing is decoded, unpacked to disk or run."
+    "The samples of one shard in order, as bytes: nothing is decoded, unpacked to disk or run."
     from webdataset.tariterators import group_by_keys, tar_file_iterator
     url = str(url)
     data = _read_bytes(url)
@@ -184,19 +198,22 @@ def shard_name(
 ) -> str:  # 00003
     "What a shard and its sidecars are called."
     name = Path(urlparse(str(url)).path).name
-    if not name.endswith(".tar"): raise ValueError(f"{url} does not end in .tar; expected a webdataset shard")
+    if not name.endswith(".tar"):
+        raise ValueError(f"{url} does not end in .tar; expected a webdataset shard")
     return name.removesuffix(".tar")
 
 # %% ../../nbs/scale/01_shards.ipynb #c4afe195
 def list_shards(
-    where: str | Path,  # a folder, or URLs with braces: https://…/{00000..00049}.tar, several joined by ::
+    where: str | Path,  # a folder, or URLs: https://…/{00000..00049}.tar, several joined by ::
 ) -> list[str]:  # in order; no name occurs twice
     "The shards of a data set."
     from webdataset.shardlists import expand_urls
-    urls = sorted(map(str, Path(where).glob("*.tar"))) if Path(where).is_dir() else expand_urls(str(where))
+    is_folder, folder = Path(where).is_dir(), Path(where)
+    urls = sorted(map(str, folder.glob("*.tar"))) if is_folder else expand_urls(str(where))
     names = [shard_name(u) for u in urls]
     if not urls: raise FileNotFoundError(f"no .tar file in {where}; make shards first")
-    if len(set(names)) < len(names): raise ValueError(f"two shards of {where} have the same name; rename one")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two shards of {where} have the same name; rename one")
     return urls
 
 # %% ../../nbs/scale/01_shards.ipynb #fe567dcf
@@ -211,27 +228,31 @@ def open_picture(
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"no JPEG, PNG or WebP picture ({type(error).__name__})") from error
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"a picture of {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels; "
+                         f"at most {MAX_PIXELS:,} are read")
     return image
 
 # %% ../../nbs/scale/01_shards.ipynb #fd4124e3
 def _dots_in(raw: dict) -> str:
-    "Names of a sample that webdataset has cut at an early dot, such as v1.2.jpg: perhaps why something is missing."
-    dotted = [ending for ending in raw if "." in ending and ending.rpartition(".")[2] in PICTURES + CAPTIONS]
-    return f"; is there a dot in its name? what follows the first dot is the ending, here {dotted}" if dotted else ""
+    "Why something may be missing: webdataset has cut a name at an early dot, as in v1.2.jpg."
+    known = PICTURES + CAPTIONS
+    dotted = [end for end in raw if "." in end and end.rpartition(".")[2] in known]
+    if not dotted: return ""
+    return f"; is there a dot in its name? what follows the first dot is the ending, here {dotted}"
 
-
+# %% ../../nbs/scale/01_shards.ipynb #5e100006
 def _caption_of(raw: dict) -> str:
     "The caption from txt, else from json; raises ValueError."
     try:
-        text = raw["txt"].decode() if "txt" in raw else json.loads(raw.get("json", b"{}")).get("caption") or ""
+        if "txt" in raw: text = raw["txt"].decode()
+        else: text = json.loads(raw.get("json", b"{}")).get("caption") or ""
         if isinstance(text, str): text.encode()  # json may hold half a surrogate
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError("the caption is no UTF-8 text, or the json no object") from error
     if isinstance(text, str) and text.strip(): return text.strip()
     raise ValueError("the caption is empty or missing" + _dots_in(raw))
 
-
+# %% ../../nbs/scale/01_shards.ipynb #5e100007
 def _picture_of(raw: dict, whole: bool) -> bytes:
     "The encoded picture; if `whole`, decoded once (coarsely) to see that it is; raises ValueError."
     data = next((raw[ending] for ending in PICTURES if ending in raw), None)
@@ -240,17 +261,19 @@ def _picture_of(raw: dict, whole: bool) -> bytes:
     if not whole: return data
     image.draft("RGB", (64, 64))
     try: image.load()
-    except (OSError, ValueError, SyntaxError) as error: raise ValueError(f"the picture is broken ({error})") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"the picture is broken ({error})") from error
     return data
 
 # %% ../../nbs/scale/01_shards.ipynb #5d3f4bb0
 def usable_samples(
     raw: Iterable[dict[str, Any]],  # what read_shard returns
-    whole: bool = True,  # decode each picture once to see that it is whole; else look at its header alone
+    whole: bool = True,  # decode each picture once to see that it is whole; else read its header
 ) -> tuple[list[Sample], dict[str, str]]:  # the good ones in order; key → why the others are not
     "Sort a shard's samples into those with a caption and a whole picture, and those without."
     good, skipped = [], {}
     for sample in raw:
-        try: good.append(Sample(sample["__key__"], _caption_of(sample), _picture_of(sample, whole)))
-        except ValueError as error: skipped[sample["__key__"]] = str(error)
+        key = sample["__key__"]
+        try: good.append(Sample(key, _caption_of(sample), _picture_of(sample, whole)))
+        except ValueError as error: skipped[key] = str(error)
     return good, skipped
