@@ -41,8 +41,8 @@ def pipeline_map(
     if here and here not in (*STEPS, *FLOORS):
         raise ValueError(f"here={here!r}; expected one of {', '.join((*STEPS, *FLOORS))}")
     figure, ax = plt.subplots(figsize=(10, 2.6), layout="constrained")
-    at = {name: (1.85 * column, float(row)) for name, (column, row) in STEPS.items()}
-    boxes = {name: _box(ax, *xy, f"{i} {name}", name == here, 1.15)
+    at = {name: (2.0 * column, float(row)) for name, (column, row) in STEPS.items()}
+    boxes = {name: _box(ax, *xy, f"{i} {name}", name == here, 1.3)
              for i, (name, xy) in enumerate(at.items())}
     for (a, b), word in _ARROWS.items():
         style = dict(arrowstyle="-|>", color="dimgrey", shrinkA=1, shrinkB=1)
@@ -52,8 +52,8 @@ def pipeline_map(
         ax.text(x, y, word, size=8, ha="center", va="center", zorder=4,
                 bbox=dict(fc="white", ec="none", pad=1))
     for i, (name, question) in enumerate(FLOORS.items()):
-        _box(ax, 2.2 + 4.9 * i, -0.9, f"{name}: {question}", name == here, 4.6)
-    ax.set(xlim=(-0.65, 9.9), ylim=(-1.2, 2.3))
+        _box(ax, 2.4 + 5.2 * i, -0.9, f"{name}: {question}", name == here, 4.9)
+    ax.set(xlim=(-0.7, 10.7), ylim=(-1.2, 2.3))
     ax.set_axis_off()
     return figure
 

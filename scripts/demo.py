@@ -148,11 +148,12 @@ def drawn_queries(runs: dict[str, Run], material: Material, split) -> list[Query
     return make_queries(words, queries.right[drawn], similarities, pictures)
 
 
-def concept_maps(runs: dict[str, Run], material: Material, split, teacher: np.ndarray) -> list[Map]:
+def concept_maps(runs: dict[str, Run], material: Material, split, embeddings: np.ndarray) -> list[Map]:
     "The held-out captions as the teacher and the students see them; a map of training rows would show memory."
-    concepts = runs["KKLIP"].concepts
+    concepts, teacher = runs["KKLIP"].concepts, embeddings[split.test]
+    to_centroid = np.linalg.norm(embeddings[split.train] - concepts.centroids[concepts.labels], axis=1)
     labels = soft_labels(teacher, concepts.centroids, LAPTOP.temperature).argmax(1)
-    names = concept_names([material.pairs.captions[i] for i in split.train], concepts.labels)
+    names = concept_names([material.pairs.captions[i] for i in split.train], concepts.labels, distances=to_centroid)
     spaces = {name: run.text_features[split.test].numpy() for name, run in runs.items()} | {"teacher": teacher}
     maps = [Map(f"{name}: held-out captions", umap_project(x), split.test.tolist(), labels, names) for name, x in spaces.items()]
     return maps
@@ -160,7 +161,7 @@ def concept_maps(runs: dict[str, Run], material: Material, split, teacher: np.nd
 
 def report(runs: dict[str, Run], table: dict[str, dict], rows: list[list[str]], material: Material, split) -> Path:
     "outputs/report.html: all that this run has to show, in one file."
-    teacher = standardise(material.embeddings, material.embeddings[split.train].mean(0))[split.test]
+    embeddings = standardise(material.embeddings, material.embeddings[split.train].mean(0))
     ap, r5 = ({name: 100 * metrics[m][0] for name, metrics in table.items()} for m in ("words_ap", "t2i_r5"))
     n, of = len(seen_queries(material, split)[1]), lambda found: ", ".join(f"{name} {value:.1f}" for name, value in found.items())
     answer = [f"Asked in {n} other words, which no caption holds, KKLIP finds the pictures it has seen with an average precision of {ap['KKLIP']:.1f} %, CLIP with {ap['CLIP']:.1f} %.",
@@ -169,7 +170,7 @@ def report(runs: dict[str, Run], table: dict[str, dict], rows: list[list[str]], 
               "One run each, from one seed. The table is in percent, but for the median rank; its intervals resample base concepts, or queries."]
     cells = [[cell.replace(" (", "\n(") for cell in row] for row in rows]
     page = report_html("CLIP and KKLIP: one run", answer, ["", *SHOWN.values()], cells, drawn_queries(runs, material, split),
-                       concept_maps(runs, material, split, teacher), material.pairs.images, material.pairs.captions, CREDIT, draw(runs, material))
+                       concept_maps(runs, material, split, embeddings), material.pairs.images, material.pairs.captions, CREDIT, draw(runs, material))
     (OUT / "report.html").write_text(page, encoding="utf-8")
     return OUT / "report.html"
 
