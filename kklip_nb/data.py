@@ -105,7 +105,7 @@ def base_concept(
 
 # %% ../nbs/00_data.ipynb #631badae
 def openmoji_table() -> list[dict]:  # one dict a drawing
-    """Every OpenMoji drawing with an English name but skin tones and country flags, by file name.
+    """OpenMoji drawings with an English name, without skin tones and country flags, by file name.
 
     Keys: path, emoji, caption, base, category, subcategory. The last two are None where the drawing
     is newer than the class table."""
@@ -146,7 +146,7 @@ def load_openmoji(
 def six_rows(
     captions: Sequence[str],  # the captions of load_openmoji
 ) -> list[int]:  # rows of SIX, in that order
-    "Where the course's worked example lies: two animals, two meals, two vehicles."
+    "Row numbers of the course's worked example: two animals, two meals, two vehicles."
     return [list(captions).index(c) for c in SIX]
 
 # %% ../nbs/00_data.ipynb #2a9b7913
@@ -165,7 +165,7 @@ def split_by_base(
     val: float = 0.15,  # share of the base concepts for validation
     test: float = 0.2,  # share of the base concepts for test
 ) -> Split:
-    "All variants of one thing land in one part; raises ValueError if the shares cannot be."
+    "All variants of one thing land in one part; raises ValueError for impossible shares."
     if not len(bases): raise ValueError("no captions: cannot split an empty list of base concepts")
     if not (val >= 0 and test >= 0 and val + test < 1):
         raise ValueError(f"val={val} and test={test} must be >= 0 and sum below 1")

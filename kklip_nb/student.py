@@ -68,7 +68,7 @@ class Towers(nn.Module):
         return self.clip.encode_image(images, normalize=False)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:  # (n, t) ids → (n, d), raw
-        "The features at the end-of-text token; the same for all t that keep captions whole."
+        "The features at the end-of-text token; the same for every t that cuts no caption."
         missing = max(0, self.clip.context_length - tokens.shape[1])
         if missing and _ignores_padding(self.clip): return _encode_short(self.clip, tokens)
         return self.clip.encode_text(F.pad(tokens, (0, missing)), normalize=False)
@@ -315,7 +315,7 @@ def trunk_features(
     batch_size: int = 64,  # images at once
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:  # float32, on the CPU: (n, w) features; for 'last' (n, c, h, w) maps
-    "Run what is frozen of an image trunk over all images, so that each epoch costs only the rest."
+    "Run the frozen part of a trunk over all images, so that each epoch costs only the rest."
     from tqdm.auto import tqdm
     visual, device = student.clip.visual, student.clip.logit_scale.device
     if not hasattr(visual, "trunk"):
