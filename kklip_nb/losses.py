@@ -134,7 +134,7 @@ def _check_scale(logit_scale: torch.Tensor | float, validate: bool) -> None:
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    "Rows of length 1; a row of zeros stays, and a length that overflows becomes NaN, which shows."
+    "Rows of length 1; a row of zeros stays; a length that overflows becomes NaN, to be noticed."
     x = _wide(x)
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     length = length.nan_to_num(nan=math.nan, posinf=math.nan)

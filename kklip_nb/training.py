@@ -114,7 +114,7 @@ def prepare_inputs(
     labels: np.ndarray | torch.Tensor,  # (n, k) soft labels: probabilities
     progress: bool = False,  # show a bar
 ) -> Inputs:  # of all pairs, on the CPU
-    "All that training reads, as tensors; raises ValueError for targets or labels that are not so."
+    "All that training reads, as tensors; raises ValueError for targets or labels that do not fit."
     label_entropy(labels)  # raises ValueError for rows that are no probabilities
     targets, labels = (torch.from_numpy(finite_matrix(*x)).float()
                        for x in (("targets", targets), ("labels", labels)))
@@ -165,7 +165,7 @@ def optimizer_step(
     lr: float,  # learning rate of this step
     max_norm: float | None = None,  # a longer gradient is shortened to this; None: never
 ) -> float:  # length of the gradient over all parameters, before it is shortened
-    """One step along the gradients, none where their length is not finite.
+    """One step along the gradients, or none if their length is not finite.
 
     logit_scale never leaves its range. Training on many GPUs ends its steps here too."""
     for group in optimizer.param_groups: group["lr"] = lr
