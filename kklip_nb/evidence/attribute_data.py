@@ -24,7 +24,7 @@ class AttributeData(NamedTuple):
     classes: np.ndarray  # (n,) int64, number of each image's class, from 0
     class_names: list[str]  # as the data set writes them
     attribute_names: list[str]  # as the data set writes them
-    attributes: np.ndarray  # a row an image or a class, a column an attribute; NaN: missing
+    attributes: np.ndarray  # one row per image or class, one column per attribute; NaN: missing
     per_image: bool  # which of the two
     train: np.ndarray  # rows of the official training part
     test: np.ndarray  # rows of the official test part

@@ -145,7 +145,7 @@ _HUE_NAMES = (0, 1, 2, 3, 4, 5, 6, 0)  # numbers into COLOUR_NAMES
 
 def colour_shares(
     images: np.ndarray,  # (n, size, size, 3) uint8
-    step: int = 4,  # every so many pixels each way
+    step: int = 4,  # distance between the pixels that are read
 ) -> np.ndarray:  # (n, 8) share of the picture that has each of COLOUR_NAMES
     "Colours by hue; dark orange is brown, pale bright red is pink; black, white and grey are none."
     if images.dtype != np.uint8:
@@ -295,7 +295,7 @@ def linear_probe(
     train_truth: np.ndarray,  # (n_train, m) 0, 1, or NaN for missing
     features: np.ndarray | torch.Tensor,  # (n, d) of the images to score
 ) -> np.ndarray:  # (n, m) log odds; a column of NaN where training has no positive or no negative
-    "A logistic regression an attribute on standardised frozen features."
+    "One logistic regression per attribute on standardised frozen features."
     train = normalize(finite_matrix("train features", train_features))
     test = normalize(finite_matrix("features", features))
     truth = np.asarray(train_truth, np.float64)

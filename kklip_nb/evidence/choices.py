@@ -12,7 +12,7 @@ from .study import (DATASETS, EMOJI, ONLY_SCENES, PAIRS_ALONE, PLAIN, Row,
                                      compare_rows, level, markdown_table, seed_values)
 
 # %% ../../nbs/evidence/07_choices.ipynb #b2fccf71
-SCORES = {  # the mean of three measures on validation: none of them can be bought with another
+SCORES = {  # the mean of three measures on validation: a loss in any of them counts
     "openmoji": "words_seen_all_ap+i2t_r5+t2i_r5",  # other words, and names both ways
     "scenes": "em+i2t_r1+pairs_group",  # captions read back, retrieval, pairs one word apart
 }

@@ -75,7 +75,7 @@ class WordPair(NamedTuple):
 # %% ../../nbs/evidence/04_one_word.ipynb #bfb27055
 def one_word_pairs(
     scenes: Sequence[Scene],  # where the first scene of a pair comes from
-    each: int,  # at most so many pairs of each change
+    each: int,  # at most this many pairs of each change
     seed: int,  # same seed, same pairs
     seen: Collection[str] = (),  # captions that may not occur, such as those trained on
 ) -> list[WordPair]:  # ordered by change; no caption occurs twice

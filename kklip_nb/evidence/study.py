@@ -257,7 +257,7 @@ def compare_rows(
 
 # %% ../../nbs/evidence/06_study.ipynb #06c03
 def points(metric: str) -> int:
-    "What a metric is multiplied with in tables."
+    "What a metric is multiplied by in tables."
     return 1 if "rank" in metric else 100
 
 # %% ../../nbs/evidence/06_study.ipynb #16fede61
@@ -343,7 +343,7 @@ def ladder_table(
 def other_words_lines(
     runs: Sequence[Mapping[str, str]],  # of load_study
 ) -> list[dict[str, str]]:  # the lines of results/other_words.csv, shares from 0 to 1
-    "`scope`: pictures seen in training, or held out; `asked`: has the teacher read the word?"
+    "`scope`: pictures seen in training, or held out; `asked`: was the teacher asked about it?"
     measures, lines = ("ap", "r1", "r5", "median_rank", "n"), []
     for run in (r for r in runs if r.get("words_seen_all_ap")):
         for scope, asked in itertools.product(("seen", "heldout"), ("yes", "no", "all")):
@@ -373,7 +373,7 @@ def plot_differences(
     columns: Mapping[tuple[str, str], str],  # of `found`: data set and metric → what to call it
     ax: Any,  # matplotlib axes
 ) -> None:
-    "Differences with their single 95 % intervals, a line a column, a marker a row."
+    "Differences with their single 95 % intervals, one line per column, one marker per row."
     rows, lines = list(dict.fromkeys(name for name, _, _ in found)), np.arange(len(columns))
     for i, (name, (marker, colour)) in enumerate(zip(rows, _STYLES)):
         ds, y = [found[name, *c] for c in columns], lines + 0.16 * (i - (len(rows) - 1) / 2)

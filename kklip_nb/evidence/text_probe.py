@@ -27,7 +27,7 @@ from ..training import learning_rate
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #e7b8ee5f
 class Autoencoder(NamedTuple):
-    "A T5: its encoder is pooled to one vector a caption, its decoder writes the caption again."
+    "A T5: its encoder is pooled to one vector per caption, its decoder writes the caption again."
     model: Any  # transformers T5ForConditionalGeneration
     tokenizer: Any  # that ends each caption with its end token
 
@@ -105,7 +105,7 @@ def t5_vectors(
     ids: torch.Tensor,  # (n, t) token ids
     mask: torch.Tensor,  # (n, t) 1 for tokens, 0 for padding
 ) -> torch.Tensor:  # (n, d)
-    "One vector a caption: the mean of the encoder's outputs over the tokens."
+    "One vector per caption: the mean of the encoder's outputs over the tokens."
     states = autoencoder.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     return mean_pool(states, mask)
 

@@ -45,7 +45,7 @@ def add_up(
     sums: np.ndarray,  # (k, d) float64, changed in place: the sum of each centroid's points
     counts: np.ndarray,  # (k,) int64, changed in place: their number
 ) -> None:
-    "One slice of a step of k-means: what each centroid's next place is made of."
+    "One slice of a k-means step: add its points to the sums and counts of their centroids."
     nearest, ones = nearest_of(points, centroids)[0], np.ones(len(points), np.float32)
     places = nearest, np.arange(len(points))
     sums += csr_array((ones, places), shape=(len(centroids), len(points))) @ points
@@ -73,7 +73,7 @@ def spread_out(
     sample: np.ndarray,  # (m, d) float32
     k: int,  # number of concepts
     seed: int,
-    slices: int = 1,  # the sample is gone through in so many
+    slices: int = 1,  # how many slices the sample is read in
 ) -> tuple[np.ndarray, np.ndarray]:  # (c, d) float32 candidates, c up to 4k; (c,) rows of each
     "k-means||: draw k rows at a time, far ones sooner; move each to the mean of its rows."
     rng, far = np.random.default_rng(seed), np.full(len(sample), np.inf)
@@ -122,7 +122,7 @@ def _move(state: dict[str, np.ndarray]) -> None:
 
 # %% ../../nbs/scale/03_clustering.ipynb #a907132a
 def _meta(sidecars: Sequence[Sidecar], settings: dict[str, Any]) -> dict[str, str]:
-    "All that decides the concepts, as text."
+    "Everything that determines the concepts, as text."
     read = captions_hash([s.shard + s.meta["captions"] for s in sidecars])
     return {k: str(v) for k, v in settings.items()} | dict(sidecars=read) | sidecars[0].provenance()
 
@@ -215,10 +215,10 @@ def cluster_shards(
     normalise: str = "unit",  # the recipe's `normalise`
     passes: int = 2,  # over all sidecars, after the sample
     rows: int = 4096,  # rows in memory at once
-    save_every: float = 60,  # seconds between two writings of the state
+    save_every: float = 60,  # seconds between two saves of the state
     progress: bool = False,  # show a bar
 ) -> Concepts:
-    "k-means over all sidecars: a seed and shards give the same concepts, killed between or not."
+    "k-means over all sidecars: the same seed and shards give the same concepts, after a kill too."
     path, state_path = Path(folder) / "concepts.safetensors", Path(folder) / "state.safetensors"
     settings = dict(k=k, seed=seed, normalise=normalise, passes=passes, rows=rows)
     with run_lock(Path(folder) / ".cluster.lock"):

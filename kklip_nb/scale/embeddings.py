@@ -60,7 +60,7 @@ class Sidecar(NamedTuple):
     meta: dict[str, str]  # all of the header: captions, crc32 and folded, skipped, provenance
 
     def provenance(self) -> dict[str, str | None]:
-        "Teacher, pooling, layer, prompt and width: alike in all sidecars that belong together."
+        "Teacher, pooling, layer, prompt and width: the same in all sidecars that belong together."
         return {k: self.meta.get(k) for k in PROVENANCE} | dict(width=str(self.shape[1]))
 
 # %% ../../nbs/scale/02_embeddings.ipynb #36ec5647
@@ -92,7 +92,7 @@ def open_sidecars(
     folder: str | Path,  # where the sidecars lie
     shards: Sequence[str],  # names or URLs of the shards: each must have one
 ) -> list[Sidecar]:
-    "The headers of all sidecars; an error names the first that is missing or made otherwise."
+    "The headers of all sidecars; an error names the first that is missing or made differently."
     names = [s.removesuffix(".tar") if "/" not in s else shard_name(s) for s in map(str, shards)]
     sidecars = [open_sidecar(Path(folder) / f"{name}.safetensors") for name in names]
     wanted = sidecars[0].provenance()
@@ -108,7 +108,7 @@ def _check_sharing(folder: Path, world_size: int) -> None:
 
 
 def _is_done(path: Path, provenance: dict[str, Any]) -> bool:
-    "Is this sidecar there? Raises ValueError if it was made otherwise."
+    "Is this sidecar there? Raises ValueError if it was made differently."
     remove_parts(path)
     if not path.exists(): return False
     wanted = {k: str(v) for k, v in provenance.items()}
@@ -123,7 +123,7 @@ def embed_shards(
     rank: int = 0,  # which worker we are
     world_size: int = 1,  # how many workers there are
     max_skipped: float = 0.01,  # share of a shard's samples that may be unusable
-    progress: bool = False,  # show a bar with captions a second and the time left
+    progress: bool = False,  # show a bar with captions per second and the time left
     **provenance: Any,  # teacher, pooling, layer, prompt: must be those of sidecars already there
 ) -> dict[str, int]:  # shards, captions and skipped, of this call
     "Embed this worker's shards, one after the other; those that are done are left alone."
@@ -150,7 +150,7 @@ def embed_shards(
 def read_rows(
     sidecar: Sidecar,
     start: int = 0,  # first row
-    stop: int | None = None,  # behind the last row; None: all
+    stop: int | None = None,  # one past the last row; None: all
 ) -> np.ndarray:  # (stop - start, d) float32
     "Some rows of a sidecar, the rest stays on disk; a ValueError names shard and key of a NaN."
     try:
@@ -169,9 +169,9 @@ def read_rows(
 # %% ../../nbs/scale/02_embeddings.ipynb #42b41fd1
 def slices_of(
     sidecar: Sidecar,
-    rows: int,  # at most so many rows a slice
+    rows: int,  # at most this many rows per slice
 ) -> Iterator[np.ndarray]:  # (m, d) float32
-    "A sidecar in slices of like size, none crossing into another shard."
+    "A sidecar in slices of similar size, none crossing into another shard."
     if rows < 1: raise ValueError(f"rows={rows}; expected at least 1 row in memory")
     bounds = np.linspace(0, sidecar.shape[0], -(-sidecar.shape[0] // rows) + 1).astype(int)
     for start, stop in zip(bounds, bounds[1:]): yield read_rows(sidecar, int(start), int(stop))

@@ -126,7 +126,7 @@ def export_run(
     run: str | Path,  # a run's folder
     checkpoint: str | Path | None = None,  # a checkpoint of it; None: the newest
 ) -> Path:  # run/model, with card
-    "Export a checkpoint's student with its card; raises ValueError for one of another run."
+    "Export a checkpoint's student with its card; raises ValueError for one from another run."
     run, mark = Path(run), "student.clip."
     facts, path = read_json(run / "run.json"), checkpoint or newest_checkpoint(run)
     if path is None:
@@ -169,7 +169,7 @@ def evaluate_export(
     batch_size: int = 64,
     device: str = "cpu",  # where the model runs
     trained_on: Collection[str] = (),  # captions' hashes of the training shards
-) -> tuple[dict[str, float], int]:  # recall and median rank, both ways; how many pairs they are of
+) -> tuple[dict[str, float], int]:  # recall and median rank, both ways; the number of pairs
     "Retrieval by open_clip alone; pairs with the same caption are right answers for each other."
     if not (Path(folder) / HF_CONFIG_NAME).exists():
         raise FileNotFoundError(f"no model in {folder}; run kklip export")

@@ -42,7 +42,7 @@ from ..training import Inputs, Recipe
 def shard_recipe(
     recipe: Recipe,
 ) -> Recipe:
-    "The same recipe without captions that have no image: shards hold pairs alone."
+    "The same recipe without captions that have no image: shards hold only pairs."
     return dataclasses.replace(recipe, word_table=False, words=0, first_steps=0)
 
 # %% ../../nbs/scale/04_loader.ipynb #3b66b76c
@@ -60,7 +60,7 @@ def open_data(
     embeddings_folder: str | Path,  # their sidecars
     concepts_folder: str | Path,  # where cluster_shards put concepts.safetensors
 ) -> ShardData:
-    "Open all headers; an error names the first sidecar that is missing or of another teacher."
+    "Open all headers; an error names the first sidecar that is missing or from another teacher."
     sidecars = open_sidecars(embeddings_folder, urls)
     path = Path(concepts_folder) / "concepts.safetensors"
     concepts, provenance = load_concepts(path), sidecars[0].provenance()
@@ -77,7 +77,7 @@ def lay_out(
     seed: int,
     epoch: int,
 ) -> np.ndarray:  # (n, 2) shard and row of each pair
-    "All pairs of an epoch end to end: the shards in random order, and so the rows within each."
+    "All pairs of an epoch end to end: shards in random order, rows in random order within each."
     order = np.random.default_rng([seed, epoch]).permutation(len(sizes))
     draws = [np.random.default_rng([seed, epoch, shard]) for shard in order]
     rows = [rng.permutation(sizes[shard]) for rng, shard in zip(draws, order)]
@@ -87,7 +87,7 @@ def lay_out(
 def _take(
     waiting: deque, fresh: Iterator[int], captions: list[int], used: set[int], count: int,
 ) -> list[int]:
-    "At most `count` next pairs whose captions are not in `used` yet; others wait, in their order."
+    "The next pairs, at most `count`, with captions not yet in `used`; others wait, in their order."
     taken, later = [], []
     while len(taken) < count:
         pair = waiting.popleft() if waiting else next(fresh, None)
@@ -105,7 +105,7 @@ def deal_epoch(
     seed: int,
     epoch: int,
 ) -> np.ndarray:  # (steps, streams, size, 2) shard and row
-    "Batches without a caption twice. Each pair comes once, but for copies and a few to fill up."
+    "Batches without a repeated caption. Each pair comes once, except copies and a few fillers."
     pairs = lay_out([len(c) for c in captions], seed, epoch)
     starts = np.cumsum([0, *map(len, captions)])
     ids = np.concatenate(captions)[starts[pairs[:, 0]] + pairs[:, 1]].tolist()
@@ -166,7 +166,7 @@ def deal_run(
     streams: int,  # parts of the global batch
     rank: int = 0,  # of this process
     world_size: int = 1,  # processes
-    done: int = 0,  # steps to leave out
+    done: int = 0,  # steps to skip
     worker: int = 0,  # of this process
     workers: int = 1,
 ) -> Iterator[tuple[int, np.ndarray]]:  # epoch, and this worker's (parts, size, 2) shard and row
@@ -282,7 +282,7 @@ def read_steps(
     streams: int,  # parts of the global batch
     rank: int = 0,  # of this process
     world_size: int = 1,  # processes
-    done: int = 0,  # steps to leave out
+    done: int = 0,  # steps to skip
     workers: int = 0,  # processes that decode pictures; 0: this one does
     augment: bool = True,  # a random crop of each picture
     pin: bool = False,  # page-locked memory, from which a GPU can fetch by itself

@@ -63,7 +63,7 @@ def trim_log(
 
 # %% ../../nbs/scale/06_long_run.ipynb #c44bb32e
 class Log:
-    "A CSV file that grows by a line, and TensorBoard where it is asked for."
+    "A CSV file that grows line by line, and TensorBoard if asked for."
 
     def __init__(self, path: Path, steps: int, fields: Sequence[str] = FIELDS, board: Any = None):
         trim_log(path, steps, fields)
@@ -115,7 +115,7 @@ def newest_checkpoint(
 # %% ../../nbs/scale/06_long_run.ipynb #07c63319
 def keep_checkpoint(
     folder: Path,  # of a run
-    keep: int,  # so many are kept
+    keep: int,  # how many are kept
     steps: int,  # done
     *state: Any,  # what save_checkpoint takes after the path
 ) -> None:
@@ -143,7 +143,7 @@ def resume(
     meta: dict[str, Any],  # what else must be as it was
     world: World,
 ) -> dict[str, Any]:  # the last line of the log before the checkpoint
-    "Take up the newest checkpoint, if any; raises ValueError where it belongs to another run."
+    "Resume the newest checkpoint, if any; raises ValueError where it belongs to another run."
     path = newest_checkpoint(folder)
     _agreed(path and path.name, world)
     if path is None: return dict(step=-1, skipped=0)
@@ -234,8 +234,8 @@ def run_steps(
     last: dict[str, Any],  # from resume
     steps: int,  # of the whole run
     accumulate: bool,  # as in Settings
-) -> Iterator[dict[str, Any]]:  # a line of the log a step
-    "Take the steps of a run from `last` on; RuntimeError after too many in a row not finite."
+) -> Iterator[dict[str, Any]]:  # one line of the log per step
+    "Take the steps of a run from `last` on; RuntimeError after too many non-finite ones in a row."
     centroids = torch.from_numpy(data.concepts.centroids).to(student.clip.logit_scale.device)
     skipped, in_a_row, ended = last["skipped"], 0, time.perf_counter()
     for step, parts in enumerate(batches, last["step"] + 1):
@@ -263,7 +263,7 @@ def check_run(
     settings: Settings,
     held_out: Sequence[str] = (),  # shards to evaluate on
 ) -> None:
-    "The door of train_shards: raises ValueError for what cannot be trained."
+    "The check at the door of train_shards: raises ValueError for what cannot be trained."
     check_batch(data, recipe, settings.streams, world.world_size)
     if recipe.first_steps or recipe.word_table:
         raise ValueError("shards hold pairs alone; pass shard_recipe(recipe)")

@@ -28,10 +28,10 @@ from ..tools import write_atomically
 
 # %% ../../nbs/scale/01_shards.ipynb #c7d94519
 class Sample(NamedTuple):
-    "One pair as it lies in a shard."
+    "One pair as stored in a shard."
     key: str  # its name in the shard, such as 000000042
     caption: str  # what the text encoders read
-    image: bytes  # the encoded picture, a JPEG as a rule
+    image: bytes  # the encoded picture, usually a JPEG
 
 # %% ../../nbs/scale/01_shards.ipynb #af73fd84
 def _encode(image: Any, size: int) -> bytes:
@@ -43,7 +43,7 @@ def _encode(image: Any, size: int) -> bytes:
 
 
 def _describe(shard: int, place: int, caption: str, size: int) -> dict[str, Any]:
-    "What the json member says of a sample."
+    "What the json member says about a sample."
     return dict(key=f"{shard:05d}{place:04d}", caption=caption, width=size, height=size)
 
 # %% ../../nbs/scale/01_shards.ipynb #0e07e839
@@ -82,7 +82,7 @@ def remove_parts(
 def write_shards(
     pairs: Iterable[tuple[Any, str]],  # image (file, PIL or (h, w, 3) uint8 array), caption
     folder: str | Path,  # gets 00000.tar, 00001.tar …
-    per_shard: int = 1000,  # pairs a shard, at most 10,000
+    per_shard: int = 1000,  # pairs per shard, at most 10,000
     size: int = 256,  # side of the pictures in pixels
     progress: bool = False,  # show a bar
 ) -> list[Path]:  # the shards
@@ -171,7 +171,7 @@ def _keys_of(names: list[str]) -> Callable[[str], tuple[str | None, str | None]]
 # %% ../../nbs/scale/01_shards.ipynb #5e000011
 def read_shard(
     url: str | Path,  # a .tar file, or a URL of one
-) -> list[dict[str, Any]]:  # a dict a sample: __key__, and the bytes of each member by its ending
+) -> list[dict[str, Any]]:  # one dict per sample: __key__, and each member's bytes by its ending
     "The samples of one shard in order, as bytes: nothing is decoded, unpacked to disk or run."
     from webdataset.tariterators import group_by_keys, tar_file_iterator
     url = str(url)
