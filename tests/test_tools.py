@@ -102,3 +102,8 @@ def test_what_differs_is_listed_and_the_rest_is_not():
     check_found("f", dict(a="1"), {}, "do it again")
     with pytest.raises(ValueError) as error: check_found("f", dict(a="1", b="2"), dict(a="1", b="3", c="4"), "do it again")
     assert str(error.value) == "f was made otherwise; as {what: (found, wanted)}: {'b': ('2', '3'), 'c': (None, '4')}; do it again"
+
+
+def test_a_single_number_keeps_its_shape(tmp_path):
+    from safetensors.numpy import load_file
+    assert load_file(save_tensors(tmp_path / "a", dict(x=np.array(3.0)), {}))["x"].shape == ()
