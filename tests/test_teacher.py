@@ -241,7 +241,7 @@ def test_cached_embeddings_resume_where_they_were_stopped(tiny, tmp_path, monkey
 
 @pytest.mark.parametrize("bad", [1e5, np.nan, np.inf])
 def test_what_float16_cannot_hold_is_refused_and_nothing_is_left(tmp_path, bad):
-    with pytest.raises(ValueError, match="65504"): T.save_embeddings(tmp_path / "e.safetensors", np.full((5, 2), bad), CAPTIONS)
+    with pytest.raises(ValueError, match="65504" if bad == 1e5 else "NaN or infinite"): T.save_embeddings(tmp_path / "e.safetensors", np.full((5, 2), bad), CAPTIONS)
     with pytest.raises(ValueError, match="4 embeddings for 5 captions"): T.save_embeddings(tmp_path / "e.safetensors", np.zeros((4, 2)), CAPTIONS)
     assert not list(tmp_path.iterdir())
 
@@ -289,7 +289,7 @@ def test_wrong_arguments_are_named(tiny, arguments, says):
 @pytest.mark.parametrize("bad", ["a \ud800 cat", None, 3, b"cat"])
 def test_a_caption_that_is_no_text_is_named_before_any_work(tiny, bad):
     for function in (T.embed_captions, lambda t, c: T.cached_embeddings(c, None, "x", "mean", -1, "{}")):
-        with pytest.raises(ValueError, match="no text that can be encoded") as error: function(tiny._replace(model=tiny.model), ["a cat", bad])
+        with pytest.raises(ValueError, match="no text") as error: function(tiny._replace(model=tiny.model), ["a cat", bad])
         assert repr(bad) in str(error.value)
 
 
