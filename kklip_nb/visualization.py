@@ -52,8 +52,8 @@ def _ids(values: Iterable, n: int | None = None, name: str = "labels") -> np.nda
     ids = as_array(list(values) if listed else values)
     if ids.size and ids.dtype.kind not in "iu":
         ids = finite_numbers(name, ids)
-        if (ids % 1).any() or abs(ids).max() > 2**53:
-            raise ValueError(f"{name} such as {ids[abs(ids % 1).argmax()]}; expected whole numbers")
+        wrong = ids[(ids % 1 != 0) | (abs(ids) > 2**53)]
+        if len(wrong): raise ValueError(f"{name} such as {wrong[0]}; expected whole numbers")
     if ids.ndim == 1 and n in (None, len(ids)): return ids.astype(np.int64)
     wanted = "a row of them" if n is None else f"one for each of {n} rows"
     raise ValueError(f"{name} of shape {ids.shape}; expected {wanted}")
