@@ -18,7 +18,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from threadpoolctl import threadpool_limits
 
 from .teacher import standardise
-from .tools import finite_matrix
+from .tools import as_array, finite_matrix, same_ids
 
 # %% ../nbs/02_concepts.ipynb #b5ca1e01
 class Scale(NamedTuple):
@@ -28,27 +28,38 @@ class Scale(NamedTuple):
     how: str  # 'unit': centred, rows of length one; 'raw': only divided by `length`
 
 
+def _no_rows(values) -> bool: return getattr(values, "shape", (1,))[:1] == (0,)
+
 def fit_scale(
-    pieces: Iterable[np.ndarray],  # (m, d) raw embeddings each, of the training captions
+    pieces: Iterable[np.ndarray | torch.Tensor],  # (m, d) raw embeddings of the training captions
     how: str = "unit",  # 'unit' or 'raw', the recipe's `normalise`
 ) -> Scale:
     "Mean and mean squared length over all pieces, in one pass; ValueError for another `how`."
     if how not in ("unit", "raw"): raise ValueError(f"normalise={how!r}; expected 'unit' or 'raw'")
     total, squares, count = 0.0, 0.0, 0
-    for rows in pieces:
-        total = total + rows.sum(0, dtype=np.float64)
-        squares += np.square(rows, dtype=np.float64).sum()
+    for piece in pieces:
+        if _no_rows(piece): continue
+        rows = finite_matrix("a piece of embeddings", piece)
+        if count and rows.shape[1] != len(total):
+            raise ValueError(f"pieces of {len(total)} and {rows.shape[1]} dimensions; expected one")
+        total = total + rows.sum(0)
+        squares += np.square(rows).sum()
         count += len(rows)
+    if not squares: raise ValueError("no embeddings, or all are zero; expected some of captions")
     return Scale((total / count).astype(np.float32), float((squares / count) ** 0.5), how)
 
 # %% ../nbs/02_concepts.ipynb #b5ca1e02
 def apply_scale(
-    embeddings: np.ndarray,  # (n, d) raw teacher embeddings
+    embeddings: np.ndarray | torch.Tensor,  # (n, d) raw teacher embeddings
     scale: Scale,
 ) -> np.ndarray:  # (n, d) float32
     "The targets of distillation, and what the concepts are made from."
-    if scale.how == "unit": return standardise(embeddings, scale.mean)
-    return (embeddings / scale.length).astype(np.float32)
+    if _no_rows(embeddings): return np.zeros((0, len(scale.mean)), np.float32)
+    rows = finite_matrix("embeddings", embeddings).astype(np.float32)
+    if rows.shape[1] != len(scale.mean):
+        raise ValueError(f"embeddings of {rows.shape[1]} dimensions, a scale of {len(scale.mean)}")
+    if scale.how == "unit": return standardise(rows, scale.mean)
+    return (rows / scale.length).astype(np.float32)
 
 # %% ../nbs/02_concepts.ipynb #049fa544
 class Concepts(NamedTuple):
@@ -74,23 +85,29 @@ def fit_concepts(
     return Concepts(centroids, labels, float(kmeans.inertia_))
 
 # %% ../nbs/02_concepts.ipynb #1bb618b2
+def _silhouette(points: np.ndarray, labels: np.ndarray) -> float:
+    "The mean silhouette; NaN where there is one concept, or one for each point."
+    if not 1 < len({*labels}) < len(points): return np.nan
+    with threadpool_limits(1): return silhouette_score(points, labels)
+
 def score_concepts(
     embeddings: np.ndarray | torch.Tensor,  # (n, d) standardised teacher embeddings
-    k: int,  # number of concepts to try, at least 2 and below n
+    k: int,  # number of concepts to try, at most n
     classes: Sequence[str | None],  # n known classes to compare with; None is left out
     seeds: Sequence[int] = (0, 1, 2),  # starts of k-means
 ) -> dict[str, float]:  # k, inertia, nmi, silhouette, stability; NaN where it cannot be known
     "Four views on k: tightness, separation, agreement with known classes and between seeds."
-    embeddings = finite_matrix("embeddings", embeddings)
+    embeddings, classes = finite_matrix("embeddings", embeddings), list(classes)
     if len(classes) != len(embeddings):
         raise ValueError(f"{len(classes)} classes for {len(embeddings)} embeddings; give one each")
     fits = [fit_concepts(embeddings, k, seed) for seed in seeds]
-    known = [i for i, c in enumerate(classes) if c is not None]
-    theirs = [classes[i] for i in known]
+    if not fits: raise ValueError("no seeds; give one or more")
+    known = [i for i, c in enumerate(classes) if c is not None and c == c]  # pandas writes NaN
+    (theirs,) = same_ids(classes[i] for i in known)
     nmi = [normalized_mutual_info_score(theirs, f.labels[known]) for f in fits] if known else np.nan
     pairs = [(a, b) for i, a in enumerate(fits) for b in fits[:i]]
     stability = [adjusted_rand_score(a.labels, b.labels) for a, b in pairs] or np.nan
-    with threadpool_limits(1): silhouette = [silhouette_score(embeddings, f.labels) for f in fits]
+    silhouette = [_silhouette(embeddings, f.labels) for f in fits]
     return dict(k=k, inertia=float(np.mean([f.inertia for f in fits])), nmi=float(np.mean(nmi)),
                 silhouette=float(np.mean(silhouette)), stability=float(np.mean(stability)))
 
@@ -104,13 +121,14 @@ def soft_labels(
     x, c = finite_matrix("embeddings", embeddings), finite_matrix("centroids", centroids)
     if x.shape[1] != c.shape[1]:
         raise ValueError(f"embeddings have {x.shape[1]} dimensions, centroids {c.shape[1]}")
+    temperature = float(temperature)
     if not 0 < temperature < np.inf:
         raise ValueError(f"temperature={temperature}; expected a positive, finite number")
     distances = cdist(x, c, "sqeuclidean")
     labels = np.exp(-(distances - distances.min(1, keepdims=True)) / temperature)
     labels /= labels.sum(1, keepdims=True)
     if isinstance(embeddings, torch.Tensor): return torch.from_numpy(labels).to(embeddings)
-    return labels.astype(np.asarray(embeddings).dtype)
+    return labels.astype(as_array(embeddings).dtype)
 
 # %% ../nbs/02_concepts.ipynb #3a0ff580
 def label_entropy(
@@ -127,10 +145,15 @@ def label_entropy(
 # %% ../nbs/02_concepts.ipynb #c0de0001
 def concept_labels(
     targets: torch.Tensor,  # (n, d) scaled teacher embeddings, on any device
-    centroids: torch.Tensor,  # (k, d) on the same device; float64 saves a conversion
+    centroids: torch.Tensor,  # (k, d); float64 on the same device saves a conversion
     temperature: float,  # positive, in units of squared distance
-) -> torch.Tensor:  # (n, k) float32 rows that sum to 1
+) -> torch.Tensor:  # (n, k) float32 rows that sum to 1, where the targets are
     "soft_labels for the training step: one product, no value read by the host, autocast or not."
-    apple = targets.device.type == "mps"  # whose GPUs know no float64
-    x, c = (v.to(torch.float32 if apple else torch.float64) for v in (targets, centroids))
+    x, c = (v.detach() if isinstance(v, torch.Tensor) else torch.from_numpy(finite_matrix(name, v))
+            for name, v in dict(targets=targets, centroids=centroids).items())
+    if not x.ndim == c.ndim == 2 or x.shape[1] != c.shape[1] or not 0 < temperature < np.inf:
+        shapes = f"targets {tuple(x.shape)}, centroids {tuple(c.shape)}"
+        raise ValueError(f"{shapes}, temperature={temperature}; expected (n, d), (k, d), positive")
+    apple = x.device.type == "mps"  # whose GPUs know no float64
+    x, c = (v.to(x.device, torch.float32 if apple else torch.float64) for v in (x, c))
     return ((2 * x @ c.T - c.square().sum(1)) / temperature).softmax(1).float()

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from .data import fold_caption
 from .student import Towers, cached_trunk_features, cut_padding, prepare_images, tokenize
-from .tools import finite_matrix
+from .tools import as_array, finite_matrix
+from .visualization import _as_many, _ids, _pictures, plain_text
 
 # %% ../nbs/09_search.ipynb #5ea00014
 def _unit_rows(name: str, features: torch.Tensor) -> torch.Tensor:
@@ -32,11 +33,12 @@ def picture_features(
     images: np.ndarray | Sequence[np.ndarray],  # n pictures of one size, (size, size, 3) uint8
 ) -> torch.Tensor:  # (n, d) float32 rows of length one, on the CPU
     "Embed the pictures once, for any number of queries; raises ValueError for other things."
-    shapes = {np.shape(image) for image in images}
+    images = list(images)
+    shapes = {as_array(image).shape for image in images}
     if len(shapes) != 1 or len(shape := next(iter(shapes))) != 3 or shape[2] != 3:
         raise ValueError(f"pictures of shapes {sorted(shapes)}; "
                          "expected one (size, size, 3): see own_pairs.read_image")
-    images, clip = np.asarray(images), student.eval().clip
+    images, clip = np.stack(_pictures(images)), student.eval().clip
     device, trunk = clip.logit_scale.device, getattr(clip.visual, "trunk", None)
     frozen = trunk is not None and not any(p.requires_grad for p in trunk.parameters())
     inputs = ([cached_trunk_features(student, images)] if frozen else
@@ -61,22 +63,26 @@ def query_features(
 # %% ../nbs/09_search.ipynb #5ea00080
 def search(
     student: Towers,
-    pictures: torch.Tensor,  # (n, d) from picture_features, of the same student
+    pictures: torch.Tensor,  # (n, d) from picture_features of the same student; arrays, too
     queries: str | Sequence[str],  # one text, or q of them
     k: int = 5,  # how many pictures a query; fewer where there are fewer
 ) -> tuple[np.ndarray, np.ndarray]:  # (q, k) rows of the pictures, best first; (q, k) their cosines
     "Words in, pictures out; raises ValueError for an empty query or another student's pictures."
     texts = query_features(student, queries)
-    if k < 1 or pictures.ndim != 2 or pictures.shape[1] != texts.shape[1]:
+    if not isinstance(pictures, torch.Tensor):
+        pictures = torch.from_numpy(finite_matrix("pictures", pictures))
+    whole = isinstance(k, (int, np.integer)) and k >= 1
+    if not whole or pictures.ndim != 2 or pictures.shape[1] != texts.shape[1]:
         raise ValueError(f"k={k}, pictures {tuple(pictures.shape)}; "
                          f"expected k of 1 or more, (n, {texts.shape[1]})")
-    scores = (texts @ pictures.T).round(decimals=6)
+    scores = (texts @ pictures.detach().cpu().float().T).round(decimals=6)
+    if not scores.isfinite().all(): raise ValueError("pictures hold NaN; use picture_features")
     scores, rows = scores.sort(dim=1, descending=True, stable=True)
     return rows[:, :k].numpy(), scores[:, :k].numpy()
 
 # %% ../nbs/09_search.ipynb #5ea00026
 def _write(ax: plt.Axes, x: float, y: float, text: str, size: int, width: int = 99, **how) -> None:
-    text = textwrap.fill(text, width, max_lines=3, placeholder="…")
+    text = textwrap.fill(plain_text(text), width, max_lines=3, placeholder="…")
     ax.text(x, y, text, fontsize=size, parse_math=False, **how)
 
 # %% ../nbs/09_search.ipynb #5ea00081
@@ -85,14 +91,26 @@ def _draw_finds(ax: plt.Axes, left: float, rows: np.ndarray, images, texts, righ
     for (y, place), row in np.ndenumerate(rows):
         x, top = left + place, 1.5 * y
         ax.imshow(images[row], extent=(x + 0.04, x + 0.96, top + 0.96, top + 0.04))
-        if right is not None and right[y][row]:
+        if right[y, row]:
             ax.add_patch(plt.Rectangle((x, top), 1, 1, fill=False, lw=2))
         _write(ax, x + 0.5, top + 1.09, texts[y, place], 6, 14, ha="center", va="top")
 
+def _finds(rows: np.ndarray, queries: int, pictures: int) -> np.ndarray:
+    "(q, k) int64; ValueError unless they are rows of pictures for each query."
+    rows = as_array(rows)
+    if rows.ndim == 2 and len(rows) == queries:
+        numbers = _ids(rows.ravel(), name="rows").reshape(rows.shape)
+        if not rows.size or 0 <= numbers.min() <= numbers.max() < pictures: return numbers
+    given = f"rows of shape {rows.shape} for {queries} queries, {pictures} pictures with captions"
+    raise ValueError(f"{given}; expected (q, k) as search gives them")
+
 def _under(rows: np.ndarray, captions: Sequence[str], cosines: np.ndarray | None) -> np.ndarray:
     "(q, k) texts: each find's caption, after its cosine where that is given."
-    texts = np.array(captions, dtype=object)[rows]
+    texts = np.array([*map(plain_text, captions)], dtype=object)[rows]
     if cosines is None: return texts
+    cosines = as_array(cosines)
+    if cosines.shape != rows.shape:
+        raise ValueError(f"scores of shape {cosines.shape}, rows {rows.shape}; give a score a find")
     return np.vectorize(lambda c, text: f"{c:.2f} {text}", otypes=[object])(cosines, texts)
 
 # %% ../nbs/09_search.ipynb #5ea00028
@@ -108,23 +126,26 @@ def plot_found(
 ) -> plt.Figure:
     "What each student finds: a row a query, a block a student, the best at the left."
     queries, left = [queries] if isinstance(queries, str) else list(queries), 2.0
-    shapes = [np.shape(rows) for rows in found.values()]
-    if wrong := [s for s in shapes if len(s) != 2 or s[0] != len(queries)]:
-        raise ValueError(f"rows of shapes {wrong} for {len(queries)} queries; "
-                         "expected (q, k) as search gives them")
+    images, captions = _pictures(images), list(captions)
+    shown = min(len(images), len(captions))
+    found = {name: _finds(rows, len(queries), shown) for name, rows in found.items()}
+    texts = {name: _under(rows, captions, scores and scores.get(name, ()))
+             for name, rows in found.items()}
+    right = np.zeros((len(queries), len(images))) if right is None else as_array(right)
+    if right.shape != (len(queries), len(images)):
+        raise ValueError(f"right has shape {right.shape}; expected ({len(queries)}, {len(images)})")
     figure, ax = plt.subplots(layout="constrained")
     for y, query in enumerate(queries):
         _write(ax, 1.8, 1.5 * y + 0.5, query, 8, 16, ha="right", va="center", weight="bold")
     for name, rows in found.items():
         _write(ax, left, -0.2, name, 9, weight="bold")
-        texts = _under(rows, captions, scores and scores[name])
-        _draw_finds(ax, left, rows, images, texts, right)
-        left += np.shape(rows)[1] + 0.5
+        _draw_finds(ax, left, rows, images, texts[name], right)
+        left += rows.shape[1] + 0.5
     _write(ax, left - 0.5, 1.5 * len(queries) + 0.1, credit, 6, ha="right", va="bottom")
     figure.set_size_inches(0.75 * left, 0.75 * (1.5 * len(queries) + 1.1))
     ax.set(xlim=(0, left - 0.4), ylim=(1.5 * len(queries) + 0.2, -0.5), aspect="equal")
     ax.set_axis_off()
-    ax.set_title(title, parse_math=False)
+    ax.set_title(plain_text(title), parse_math=False)
     return figure
 
 # %% ../nbs/09_search.ipynb #5ea00082
@@ -139,7 +160,7 @@ def _answer(text: str, students: dict, images, captions: Sequence[str], credit: 
     found, scores, says = {}, {}, []
     for name, (student, features) in students.items():
         (order,), (cosines,) = search(student, features, text, k=len(images))
-        name += _own_place(order, captions, text)
+        name = f"{name}{_own_place(order, captions, text)}"
         found[name], scores[name] = order[None, :5], cosines[None, :5]
         finds = [f"{captions[row]} ({c:.2f})" for row, c in zip(order[:5], cosines)]
         says.append(f"{name} finds {', '.join(finds)}")
@@ -147,7 +168,7 @@ def _answer(text: str, students: dict, images, captions: Sequence[str], credit: 
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
     source, alt = base64.b64encode(png.getvalue()).decode(), f"{text}: {'; '.join(says)}"
-    how = f'style="width: 100%" alt="{html.escape(alt)}"'
+    how = f'style="width: 100%" alt="{html.escape(plain_text(alt))}"'
     return f'<img {how} src="data:image/png;base64,{source}">'
 
 # %% ../nbs/09_search.ipynb #5ea0003c
@@ -160,7 +181,10 @@ def search_box(
 ):  # an ipywidgets.VBox: the field, and the answer below it
     "A text field for Jupyter that shows what each student finds, with cosines; Enter searches."
     import ipywidgets
-    field = ipywidgets.Text(query, description="Search:", continuous_update=False)
+    images, captions = _pictures(images), [*map(plain_text, captions)]
+    rows = {name: features for name, (_, features) in students.items()}
+    _as_many("images", len(images), dict(captions=captions) | rows)
+    field = ipywidgets.Text(plain_text(query), description="Search:", continuous_update=False)
     answer = ipywidgets.HTML(layout=dict(width="98%"))
     def show(_=None):
         try: answer.value = _answer(field.value, students, images, captions, credit)

@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from scipy.stats import entropy
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, silhouette_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
 from kklip_nb.concepts import apply_scale, concept_labels, fit_concepts, fit_scale, label_entropy, score_concepts, soft_labels
 
@@ -59,12 +59,24 @@ def test_labels_are_nearest_centroids_where_groups_overlap_too(rng):
     assert set(np.asarray(found.labels).tolist()) == set(range(12))
 
 
-def test_the_same_seed_gives_the_same_concepts_twice(rng):
-    points = rng.normal(size=(150, 8)).astype(np.float32)
-    first, second = fit_concepts(points, 9, seed=3), fit_concepts(points.copy(), 9, seed=3)
-    np.testing.assert_array_equal(first.centroids, second.centroids)
-    np.testing.assert_array_equal(first.labels, second.labels)
-    assert first.inertia == second.inertia
+@pytest.mark.parametrize("seed", [None, 11, 12])
+def test_the_fit_is_scikit_learns_with_four_starts_and_this_seed(seed, rng):
+    points = rng.normal(size=(90, 5))  # one start is worse than four here, and each seed ends elsewhere
+    found, again = (fit_concepts(points.copy(), 9, **({} if seed is None else dict(seed=seed))) for _ in range(2))
+    want, *others = (KMeans(9, n_init=n, random_state=(seed or 0) + s).fit(points) for n, s in ((4, 0), (1, 0), (3, 0), (4, 1)))
+    assert found.inertia == want.inertia_ < min(o.inertia_ for o in others[:2]) and not np.array_equal(others[2].labels_, want.labels_)
+    np.testing.assert_array_equal(found.labels, want.labels_)
+    np.testing.assert_array_equal(found.centroids, want.cluster_centers_.astype(np.float32))
+    assert found.centroids.dtype == np.float32 and found.labels.dtype == np.int64 and type(found.inertia) is float
+    assert all(np.array_equal(a, b) for a, b in zip(found[:3], again))
+
+
+def test_the_fit_is_held_to_one_thread(monkeypatch, rng):
+    import kklip_nb.concepts as module
+    limits, limit = [], module.threadpool_limits
+    monkeypatch.setattr(module, "threadpool_limits", lambda n: limits.append(n) or limit(n))
+    score_concepts(rng.normal(size=(9, 3)), 2, ["a"] * 9)
+    assert limits and set(limits) == {1}
 
 
 def test_the_fit_leaves_its_input_alone(rng):
@@ -222,7 +234,7 @@ def targets_of(n, k, d, how, rng):
 
 
 @pytest.mark.parametrize("how", ["unit", "raw"])
-@pytest.mark.parametrize("k, d", [(1, 8), (48, 576), (1000, 64), (1000, 4096)])
+@pytest.mark.parametrize("k, d", [(1, 8), (48, 576), (300, 1024)])
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
 def test_labels_of_the_step_are_the_soft_labels(how, k, d, temperature, rng):
     x, c = targets_of(40, k, d, how, rng)
@@ -244,6 +256,22 @@ def test_labels_of_the_step_from_any_precision(dtype, rng):
 def test_labels_of_the_step_read_nothing_on_the_host(rng):
     meta = concept_labels(torch.empty(5, 3, device="meta"), torch.empty(4, 3, device="meta"), 0.1)
     assert meta.shape == (5, 4) and meta.dtype == torch.float32
+
+
+def test_labels_of_the_step_by_hand_and_in_any_container():
+    x, c = [[0.0, 0.0], [2.0, 1.0]], [[1.0, 0.0], [0.0, 2.0], [2.0, 1.0]]
+    want = softmax(-np.array([[1, 4, 5], [2, 5, 0]]) / 2.0, axis=1)  # squared distances over the temperature
+    for a in (x, np.array(x), np.array(x)[::-1][::-1], torch.tensor(x, requires_grad=True), torch.tensor(x).bfloat16()):
+        for b in (c, np.array(c, np.float32), torch.tensor(c, requires_grad=True)):
+            labels = concept_labels(a, b, 2.0)
+            assert labels.dtype == torch.float32 and not labels.requires_grad
+            np.testing.assert_allclose(labels, want, atol=1e-7)
+    assert concept_labels(torch.empty(0, 2), c, 2.0).shape == (0, 3)
+
+
+@pytest.mark.parametrize("x, c, temperature", [((3, 4), (2, 5), 1), ((4,), (2, 4), 1), ((3, 4), (4,), 1), ((3, 4), (2, 4), 0), ((3, 4), (2, 4), -1.0), ((3, 4), (2, 4), INF), ((3, 4), (2, 4), NAN)])
+def test_labels_of_the_step_refuse_what_does_not_match(x, c, temperature):
+    with pytest.raises(ValueError, match=r"targets.*centroids.*temperature.*expected"): concept_labels(torch.ones(x), torch.ones(c), temperature)
 
 
 def test_labels_of_the_step_far_from_the_origin_and_very_cold(rng):
@@ -271,6 +299,9 @@ def test_lists_give_arrays_and_ragged_or_empty_ones_an_error():
     labels = soft_labels([[1.0, 2.0]], [[0.0, 0.0], [1.0, 2.0]], 0.1)
     assert isinstance(labels, np.ndarray) and labels.dtype == np.float64
     np.testing.assert_allclose(labels, softmax([[-50.0, 0.0]], axis=1))
+    rows = soft_labels([torch.tensor([1.0, 2.0], requires_grad=True)], [[0.0, 0.0], [1.0, 2.0]], torch.tensor(0.1))
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, labels, atol=1e-7)
     for wrong in ([[1.0], [1.0, 2.0]], [], [[]], [["a"]], None):
         with pytest.raises(ValueError, match="embeddings"): soft_labels(wrong, [[0.0]], 0.1)
 
@@ -296,6 +327,14 @@ def test_entropy_agrees_with_scipy_and_its_limits(rng):
     np.testing.assert_allclose(label_entropy(torch.from_numpy(labels)), entropy(labels, axis=1), rtol=1e-12)
     np.testing.assert_allclose(label_entropy(np.eye(4)), 0, atol=1e-12)
     np.testing.assert_allclose(label_entropy(np.full((2, 8), 1 / 8)), math.log(8))
+    np.testing.assert_allclose(label_entropy([[1 - 1e-5, 1e-5]]), -(1 - 1e-5) * math.log1p(-1e-5) - 1e-5 * math.log(1e-5))
+
+
+def test_probabilities_may_be_rounded_to_half_precision_and_no_further():
+    np.testing.assert_allclose(label_entropy(torch.full((1, 48), 1 / 48).bfloat16()), math.log(48), rtol=5e-3)
+    label_entropy([[0.5, 0.504], [0.5, 0.496]])
+    for wrong in (0.507, 0.493):
+        with pytest.raises(ValueError, match="expected 1"): label_entropy([[0.5, wrong], [0.5, 0.5]])
 
 
 @pytest.mark.parametrize(
@@ -347,14 +386,107 @@ def test_what_cannot_be_known_is_nan():
     assert math.isnan(score_concepts(points, 4, [f"class {t}" for t in truth], seeds=(0,))["stability"])
 
 
+def overlapping(rng):
+    "Points without groups, so that every seed gives other concepts; classes that agree a little, of unequal size."
+    points = rng.normal(size=(60, 4)) + [3, 0, 0, 0]  # off the origin: cosines and distances differ
+    return points, [["a", "b", None, "c", "b"][int(x > 3) + (i % 7 == 0) + (i % 5 == 0)] for i, x in enumerate(points[:, 0])]
+
+
+@pytest.mark.parametrize("seeds", [None, (0, 1, 2), (5, 7, 1, 2), (4,)])
+def test_scores_are_means_over_scikit_learns_fits_and_pairs_of_them(seeds, rng):
+    points, classes = overlapping(rng)
+    found = score_concepts(points, 5, classes, **({} if seeds is None else dict(seeds=seeds)))
+    fits = [KMeans(5, n_init=4, random_state=seed).fit(points) for seed in seeds or (0, 1, 2)]
+    known = [i for i, c in enumerate(classes) if c]
+    nmi = [normalized_mutual_info_score([classes[i] for i in known], f.labels_[known]) for f in fits]
+    pairs = [adjusted_rand_score(a.labels_, b.labels_) for i, a in enumerate(fits) for b in fits[i + 1:]]
+    want = dict(k=5, inertia=np.mean([f.inertia_ for f in fits]), nmi=np.mean(nmi), silhouette=np.mean([silhouette_score(points, f.labels_) for f in fits]),
+                stability=np.mean(pairs) if pairs else NAN)
+    assert found == pytest.approx(want, rel=1e-9, nan_ok=True) and 0 < found["nmi"] < 0.5
+    if len(fits) > 1:
+        for numbers in (nmi, [f.inertia_ for f in fits], pairs): assert abs(np.mean(numbers) - np.median(numbers)) > 1e-4  # so that a median would show
+
+
+def test_nmi_is_the_arithmetic_one(rng):
+    "Mutual information over the mean of both entropies, from the table of counts."
+    points, classes = overlapping(rng)
+    known = [i for i, c in enumerate(classes) if c]
+    labels = KMeans(5, n_init=4, random_state=0).fit(points).labels_
+    table = np.zeros((3, 5))
+    for i in known: table["abc".index(classes[i]), labels[i]] += 1 / len(known)
+    a, b, both = table.sum(1), table.sum(0), entropy(table.ravel())
+    assert score_concepts(points, 5, classes, (0,))["nmi"] == pytest.approx(2 * (entropy(a) + entropy(b) - both) / (entropy(a) + entropy(b)))
+
+
+def test_classes_are_compared_as_python_compares_them(rng):
+    points, _ = overlapping(rng)
+    numbers = np.arange(60) % 3
+    def nmi(values): return score_concepts(points, 5, values, (0,))["nmi"]
+    want = nmi([f"class {c}" for c in numbers])
+    for values in (numbers, torch.tensor(numbers), [("a", "a\0", "b")[c] for c in numbers], [(1, "1", "\u00e9")[c] for c in numbers], (f"class {c}" for c in numbers)):
+        assert nmi(values) == pytest.approx(want)
+    missing = [NAN if i % 4 else "ab"[c % 2] for i, c in enumerate(numbers)]  # as pandas writes it
+    assert nmi(missing) == pytest.approx(nmi([None if v != v else v for v in missing]))
+    with pytest.raises(ValueError, match="ids cannot be compared"): nmi([["a"]] * 60)
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_scores_at_the_limits_are_nan_where_they_mean_nothing(rng):
+    points = rng.normal(size=(6, 3))
+    for k, stability in ((1, 1), (6, 1)):
+        found = score_concepts(points, k, list("aabbcc"))
+        assert math.isnan(found["silhouette"]) and found["stability"] == stability
+    assert math.isfinite(score_concepts(points, 5, list("aabbcc"))["silhouette"])
+    assert math.isnan(score_concepts(np.ones((6, 3)), 2, list("aabbcc"))["silhouette"])
+    with pytest.raises(ValueError, match="no seeds"): score_concepts(points, 2, list("aabbcc"), ())
+
+
 # ---- scale
 
 
-def test_a_scale_of_pieces_is_that_of_the_whole_and_unit_rows_have_length_one(rng):
-    raw = (rng.normal(size=(50, 7)) + 20).astype(np.float32)
-    whole, pieces = fit_scale([raw]), fit_scale(np.array_split(raw, 6))
-    np.testing.assert_allclose(pieces.mean, raw.mean(0), rtol=1e-6)
-    assert pieces.length == pytest.approx(whole.length) == pytest.approx(np.sqrt((raw.astype(float) ** 2).sum(1).mean()))
-    np.testing.assert_allclose(np.linalg.norm(apply_scale(raw, pieces), axis=1), 1, atol=1e-5)
-    np.testing.assert_allclose(apply_scale(raw, fit_scale([raw], "raw")), raw / whole.length, rtol=1e-6)
+def test_a_scale_is_fitted_on_some_rows_and_applied_to_others(rng):
+    raw, other = ((rng.normal(size=(n, 7)) * 3 + 20).astype(np.float32) for n in (50, 9))
+    mean, length = raw.mean(0, dtype=float), np.sqrt((raw.astype(float) ** 2).sum(1).mean())
+    for how in ("unit", "raw"):
+        for pieces in ([raw], np.split(raw, [1, 30]), (p for p in (raw[:0], raw[:20], torch.tensor(raw[20:]), torch.empty(0, 7))), [raw.tolist()]):
+            scale = fit_scale(pieces, how)
+            assert scale.mean.dtype == np.float32 and type(scale.length) is float and scale.how == how
+            np.testing.assert_allclose(scale.mean, mean, rtol=1e-6)
+            assert scale.length == pytest.approx(length, rel=1e-12)
+        want = (other - mean) / np.linalg.norm(other - mean, axis=1, keepdims=True) if how == "unit" else other / length
+        found = apply_scale(other, scale)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
+        assert apply_scale(raw[:0], scale).shape == (0, 7)
+    assert fit_scale([raw]).how == "unit"
     with pytest.raises(ValueError, match="'both'"): fit_scale([raw], "both")
+
+
+def test_half_precision_is_scaled_in_float32():
+    raw = np.array([[60000, 1, -2], [-60000, 3, 5], [100, 2, 0]], np.float16)  # a sum and a square of it overflow
+    want = raw.astype(float)
+    for given_ in (raw, torch.tensor(raw)):
+        for how in ("unit", "raw"):
+            scale = fit_scale([given_], how)
+            found = apply_scale(given_, scale)
+            centred = want - want.mean(0)
+            np.testing.assert_allclose(found, centred / np.linalg.norm(centred, axis=1, keepdims=True) if how == "unit" else want / np.sqrt((want ** 2).sum(1).mean()), atol=1e-6)
+
+
+def test_a_caption_like_the_mean_has_no_direction_and_no_nan():
+    scale = fit_scale([np.array([[1.0, 2], [3, 4]])])
+    np.testing.assert_array_equal(apply_scale([[2.0, 3.0]], scale), [[0, 0]])
+
+
+@pytest.mark.parametrize("pieces, said", [
+    ([], "no embeddings"), ([np.ones((0, 3))], "no embeddings"), ([np.zeros((4, 3))], "all are zero"), (np.ones((4, 3)), r"piece.*\(3,\)"), ([np.ones((2, 3)), np.ones((2, 1))], "3 and 1"),
+    ([[[1.0, NAN]]], "piece.*NaN"), ([[[1.0], [1.0, 2.0]]], "piece.*one length"), ([np.ones((2, 3), int)], "int64")])
+def test_a_scale_of_nothing_or_of_other_things_is_refused(pieces, said):
+    for how in ("unit", "raw"):
+        with pytest.raises(ValueError, match=said): fit_scale(pieces, how)
+
+
+@pytest.mark.parametrize("embeddings, said", [(np.ones((2, 1)), "1 dimensions, a scale of 3"), (np.ones(3), r"\(3,\)"), ([[1.0, 2.0, INF]], "embeddings.*infinite")])
+def test_embeddings_that_do_not_fit_the_scale_are_refused(embeddings, said):
+    for how in ("unit", "raw"):
+        with pytest.raises(ValueError, match=said): apply_scale(embeddings, fit_scale([np.eye(3)], how))
