@@ -159,9 +159,9 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     far = 2.0 ** (40 if x.element_size() == 4 else 320)
     most = x.detach().abs().amax(1, keepdim=True)
     one, tiny = torch.ones_like(most), (0 < most) & (most < 1 / far)
-    x = x * torch.where(most > far, one / far**2, torch.where(tiny, one * far**2, one))
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # no square leaves its range
-    return x / (length + length.logical_not())
+    factor = torch.where(most > far, one / far**2, torch.where(tiny, one * far**2, one))
+    length = torch.linalg.vector_norm(x * factor, dim=1, keepdim=True)  # no square out of range
+    return x * factor / (length + length.logical_not())
 
 
 def _no_autocast(x: torch.Tensor):

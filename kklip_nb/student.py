@@ -243,6 +243,8 @@ class Student(Towers):
     def _rows(self, features: torch.Tensor, normalise: Callable) -> torch.Tensor:
         "Rows of (n, d) features, normalised in float32 at least: half precision overflows."
         d = self.image_concepts.in_features
+        if not isinstance(features, torch.Tensor):
+            raise ValueError(f"features are a {type(features).__name__}; expected a tensor")
         if features.ndim != 2 or features.shape[1] != d or not features.is_floating_point():
             raise ValueError(f"features are {features.dtype} of shape {tuple(features.shape)}; "
                              f"expected floating point, (n, {d})")
@@ -452,7 +454,8 @@ class WordTable(NamedTuple):
 
 def _token_ids(ids: Sequence[int], size: int = _PIECES) -> np.ndarray:
     "Whole numbers from 0 to size - 1, or a ValueError."
-    found = as_array(list(ids))
+    try: found = as_array(list(ids))
+    except TypeError: found = as_array(ids)  # one number: refused below
     if found.ndim != 1 or found.size and not np.issubdtype(found.dtype, np.integer):
         raise ValueError(f"token ids are {found.dtype} of shape {found.shape}; "
                          "expected whole numbers, (m,)")
@@ -483,10 +486,11 @@ def make_word_table(
     if not 1 <= width <= min(rows.shape):
         raise ValueError(f"width={width} from shape {rows.shape}; expected 1 to {min(rows.shape)}: "
                          "give more tokens")
-    if (rows == rows[0]).all():
-        raise ValueError("embeddings are all alike; expected vectors that differ")
     rows = rows.astype(np.promote_types(rows.dtype, np.float32))
     rows = standardise(rows, rows.mean(0)).astype(np.float64)
+    if not np.ptp(rows, axis=0).max() > 1e-6:
+        raise ValueError("embeddings are all alike, or too large or small for float32; "
+                         "expected vectors that differ")
     with threadpool_limits(1): table = PCA(width, svd_solver="full").fit_transform(rows)
     table = np.ascontiguousarray(table * (std / table.std()), dtype=np.float32)
     return WordTable(ids, table)

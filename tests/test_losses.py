@@ -554,7 +554,7 @@ def test_a_row_of_zeros_costs_its_share_and_has_a_finite_gradient(dtype):
     assert images.grad.isfinite().all() and images.grad.abs().max() < 1e3
 
 
-EXTREME = [(torch.float32, 1e-41), (torch.float32, 1e-30), (torch.float32, 1e25), (torch.float32, 1e37), (torch.bfloat16, 1e-36), (torch.bfloat16, 1e30),
+EXTREME = [(torch.float32, 1e-36), (torch.float32, 1e-30), (torch.float32, 1e25), (torch.float32, 1e37), (torch.bfloat16, 1e-36), (torch.bfloat16, 1e30),
            (torch.float16, 5e-6), (torch.float16, 9000.0), (torch.float64, 1e-300), (torch.float64, 1e300)]
 
 
