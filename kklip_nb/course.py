@@ -58,6 +58,9 @@ def pipeline_map(
     return figure
 
 # %% ../nbs/appendix/course.ipynb #c0000015
+def _name(function: Callable) -> str:  # a partial has none
+    return getattr(function, "__name__", repr(function))
+
 def refused(
     function: Callable,
     *args: Any,  # what it is called with
@@ -67,7 +70,7 @@ def refused(
     try: function(*args, **options)
     except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
         print(f"{type(error).__name__}: {error}")
-    else: raise AssertionError(f"{getattr(function, '__name__', function)} should refuse this")
+    else: raise AssertionError(f"{_name(function)} should refuse this")
 
 # %% ../nbs/appendix/course.ipynb #c0000019
 def refuses(
@@ -77,5 +80,5 @@ def refuses(
     "Show that a check refuses wrong answers; raises AssertionError if one of them passes."
     for answer in answers:
         try: check(answer)
-        except AssertionError: print(f"{answer.__name__} is refused")
-        else: raise AssertionError(f"{answer.__name__} is wrong and passes {check.__name__}")
+        except AssertionError: print(f"{_name(answer)} is refused")
+        else: raise AssertionError(f"{_name(answer)} is wrong and passes {_name(check)}")

@@ -8,17 +8,29 @@ __all__ = ['text_distillation_loss', 'concept_loss', 'contrastive_loss', 'kklip_
 # %% ../nbs/04_losses.ipynb #b21b998b
 import math
 from contextlib import nullcontext
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 
 # %% ../nbs/04_losses.ipynb #91a75f13
+def _check_tensor(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor: torch.as_tensor")
+
+
 def _check_matrix(name: str, x: torch.Tensor) -> None:
     "A floating (n, d) tensor, neither side empty."
+    _check_tensor(name, x)
     if x.ndim != 2 or not x.numel():
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (n, d), neither of them 0")
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; expected floating point")
+
+
+def _check_device(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(f"{name_a} is on {a.device}, {name_b} on {b.device}; expected one device")
 
 
 def _check_pair(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> None:
@@ -27,11 +39,12 @@ def _check_pair(name_a: str, a: torch.Tensor, name_b: str, b: torch.Tensor) -> N
     if a.shape != b.shape:
         raise ValueError(f"{name_a} has shape {tuple(a.shape)}, {name_b} {tuple(b.shape)}; "
                          "expected the same (n, d)")
+    _check_device(name_a, a, name_b, b)
 
 
 def _check_finite(**tensors: torch.Tensor) -> None:
     for name, x in tensors.items():
-        if not x.isfinite().all():
+        if not _wide(x).isfinite().all():
             raise ValueError(f"{name} holds NaN or infinite values; "
                              "look for a learning rate that is too high, or a broken input row")
 
@@ -58,6 +71,7 @@ def text_distillation_loss(
 # %% ../nbs/04_losses.ipynb #d32a9f86
 def _check_labels(logits: torch.Tensor, concepts: torch.Tensor, ignore_index: int | None) -> None:
     "One id, or one row of probabilities, for each row of logits; by shape and dtype."
+    _check_tensor("concepts", concepts)
     if concepts.is_floating_point():
         _check_pair("logits", logits, "concepts", concepts)
         if ignore_index is not None:
@@ -68,11 +82,14 @@ def _check_labels(logits: torch.Tensor, concepts: torch.Tensor, ignore_index: in
     if concepts.shape != (n,):
         raise ValueError(f"integer concepts have shape {tuple(concepts.shape)}; "
                          f"expected ({n},) for logits {(n, k)}")
-    if concepts.dtype == torch.bool:
-        raise ValueError("concepts are booleans; expected integer ids or rows of probabilities")
+    if concepts.dtype == torch.bool or concepts.is_complex():
+        kind = "complex" if concepts.is_complex() else "booleans"
+        raise ValueError(f"concepts are {kind}; expected integer ids or rows of probabilities")
+    _check_device("logits", logits, "concepts", concepts)
 
 # %% ../nbs/04_losses.ipynb #9f6b1176
 def _check_probabilities(concepts: torch.Tensor) -> None:
+    concepts = _wide(concepts)
     _check_finite(concepts=concepts)
     if (concepts < 0).any():
         raise ValueError(f"concepts hold {concepts.min():.3g}; probabilities cannot be negative")
@@ -109,6 +126,8 @@ def concept_loss(
     With `validate` ValueError also for such ids, rows that are no probabilities, NaN, infinity."""
     _check_matrix("logits", logits)
     _check_labels(logits, concepts, ignore_index)
+    if not (isinstance(label_smoothing, Real) and label_smoothing >= 0):  # torch would take it for 0
+        raise ValueError(f"label_smoothing={label_smoothing}; expected 0 to 1")
     soft, skipped = concepts.is_floating_point(), _NO_ID if ignore_index is None else ignore_index
     if validate:
         _check_finite(logits=logits)
@@ -116,7 +135,9 @@ def concept_loss(
         else: _check_ids(concepts, logits.shape[1], skipped)
     logits = _wide(logits)
     concepts = concepts.detach().to(logits.dtype if soft else torch.long)
-    if weight is not None: weight = weight.to(logits.dtype)
+    if weight is not None:
+        _check_tensor("weight", weight)
+        weight = weight.to(logits.dtype)
     return F.cross_entropy(logits, concepts, weight, ignore_index=skipped,
                            reduction=reduction, label_smoothing=label_smoothing)
 
@@ -128,17 +149,19 @@ def _check_scale(logit_scale: torch.Tensor | float, validate: bool) -> None:
                              "expected one number")
         if not validate: return
         logit_scale = logit_scale.item()
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale={logit_scale}; expected a positive, finite number: "
+    if not (isinstance(logit_scale, Real) and 0 < logit_scale < math.inf):
+        raise ValueError(f"logit_scale={logit_scale!r}; expected a positive, finite number: "
                          "pass logit_scale.exp()")
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    "Rows of length 1; a row of zeros stays; a length that overflows becomes NaN, to be noticed."
-    x = _wide(x)
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    length = length.nan_to_num(nan=math.nan, posinf=math.nan)
-    return x / (length + length.logical_not())
+    "Rows of length 1, however long they were; a row of zeros stays; infinity becomes NaN."
+    far = 2.0 ** (40 if x.element_size() == 4 else 320)
+    most = x.detach().abs().amax(1, keepdim=True)
+    one, tiny = torch.ones_like(most), (0 < most) & (most < 1 / far)
+    factor = torch.where(most > far, one / far**2, torch.where(tiny, one * far**2, one))
+    length = torch.linalg.vector_norm(x * factor, dim=1, keepdim=True)  # no square out of range
+    return x * factor / (length + length.logical_not())
 
 
 def _no_autocast(x: torch.Tensor):
@@ -166,12 +189,14 @@ def contrastive_loss(
     if n < 2:
         raise ValueError("a batch of one pair has no negatives and its loss is always 0; "
                          "give at least 2 pairs")
-    if chunk is not None and chunk < 1:
+    if chunk is not None and not (isinstance(chunk, Integral) and chunk >= 1):
         raise ValueError(f"chunk={chunk}; expected at least 1 image at a time, or None")
     if validate: _check_finite(image_features=image_features, text_features=text_features)
     _check_scale(logit_scale, validate)
     with _no_autocast(image_features):
-        images, texts = _unit(image_features), _unit(text_features)
+        images, texts = _wide(image_features), _wide(text_features)
+        kind = torch.promote_types(images.dtype, texts.dtype)
+        images, texts = _unit(images.to(kind)), _unit(texts.to(kind))
         if isinstance(logit_scale, torch.Tensor):
             logit_scale = logit_scale.to(images.dtype).squeeze()
         if chunk is not None: return _loss_by_chunks(logit_scale * images, texts, chunk)
@@ -234,9 +259,15 @@ def kklip_loss(
     that is no scalar, a negative or infinite weight; with `validate` for NaN or inf in a part."""
     parts = dict(distillation=distillation, concept=concept, contrastive=contrastive)
     for name, value in dict(alpha=alpha, beta=beta, gamma=gamma).items():
-        if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
+        if isinstance(value, torch.Tensor):
+            if value.ndim:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected a scalar")
+            if not validate: continue
+            value = value.item()
+        if not (isinstance(value, Real) and 0 <= value < math.inf):
             raise ValueError(f"{name}={value}; expected a finite weight of at least 0")
     for name, part in parts.items():
+        _check_tensor(name, part)
         if part.ndim: raise ValueError(f"{name} has shape {tuple(part.shape)}; expected a scalar")
         if validate and not part.isfinite():
             raise ValueError(f"{name} is {part.item()}; expected a finite number")

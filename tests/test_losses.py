@@ -275,7 +275,7 @@ def probabilities(n, k, dtype=torch.float64, seed=1):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16])
 def test_concept_loss_with_ids_equals_torch(dtype, id_dtype):
     logits = pair(6, 4, dtype)[0]
     ids = torch.tensor([0, 3, 1, 2, 3, 0], dtype=id_dtype)
@@ -554,10 +554,108 @@ def test_a_row_of_zeros_costs_its_share_and_has_a_finite_gradient(dtype):
     assert images.grad.isfinite().all() and images.grad.abs().max() < 1e3
 
 
-def test_a_length_that_overflows_shows():
-    images, texts = features()
-    for dtype in (torch.float32, torch.bfloat16):
-        assert contrastive_loss((1e30 * images).to(dtype), texts.to(dtype), 14.0).isnan()
+EXTREME = [(torch.float32, 1e-36), (torch.float32, 1e-30), (torch.float32, 1e25), (torch.float32, 1e37), (torch.bfloat16, 1e-36), (torch.bfloat16, 1e30),
+           (torch.float16, 5e-6), (torch.float16, 9000.0), (torch.float64, 1e-300), (torch.float64, 1e300)]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("dtype, factor", EXTREME)
+def test_rows_whose_squares_leave_the_range_have_value_and_direction_of_gradient(dtype, factor, chunk):
+    images, texts = (x.double() for x in pair(6, 16, torch.float32))
+    given = torch.cat([(factor * images[:3]).to(dtype), images[3:].to(dtype)]).requires_grad_()  # both kinds in one batch
+    loss = contrastive_loss(given, texts.to(dtype), 14.0, chunk=chunk)
+    (gradient,) = torch.autograd.grad(loss, given)
+    scales = torch.tensor([[factor]] * 3 + [[1.0]] * 3, dtype=torch.float64)
+    plain = (given.detach().double() / scales).requires_grad_()
+    u, v = plain / plain.norm(dim=1, keepdim=True), F.normalize(texts.to(dtype).double(), dim=1)
+    z, targets = 14 * u @ v.T, torch.arange(6)
+    expected = (F.cross_entropy(z, targets) + F.cross_entropy(z.T, targets)) / 2
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    (wanted,) = torch.autograd.grad(expected, plain)
+    wanted = wanted / scales
+    wanted[wanted.abs() > torch.finfo(dtype).max] *= INF  # too steep to be said in this dtype
+    rounding = dict(rtol=4 * torch.finfo(dtype).eps, atol=0.02) if dtype.itemsize < 4 else dict(rtol=1e-4, atol=1e-6)
+    seen = wanted.abs() > torch.finfo(dtype).smallest_normal
+    torch.testing.assert_close((gradient.double() * scales)[seen], (wanted * scales)[seen], **rounding)
+    assert not gradient.isnan().any()
+
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("a", FLOATS)
+@pytest.mark.parametrize("b", FLOATS)
+def test_the_two_sides_may_have_two_precisions(a, b, validate):
+    left, right = (x.to(kind) for x, kind in zip(pair(6, 4, torch.float32), (a, b)))
+    soft = torch.eye(4)[IDS].to(b)
+    wide = left.double(), right.double()
+    kinds = {torch.promote_types(*(torch.float32 if k.itemsize < 4 else k for k in (a, b)))}
+    for chunk in (None, 4):
+        loss = contrastive_loss(left, right, 5.0, chunk=chunk, validate=validate)
+        assert {loss.dtype} == kinds and loss.item() == pytest.approx(naive_contrastive(*wide, 5.0), rel=1e-5)
+    loss = text_distillation_loss(left, right, validate=validate)
+    assert {loss.dtype} == kinds and loss.item() == pytest.approx((wide[0] - wide[1]).square().sum().item() / 6, rel=1e-5)
+    loss = concept_loss(left, soft, weight=torch.tensor([1.0, 2.0, 0.5, 1.0]).to(b), label_smoothing=0.1, validate=validate)
+    wanted = F.cross_entropy(wide[0], soft.double(), torch.tensor([1.0, 2.0, 0.5, 1.0]).double(), label_smoothing=0.1)
+    assert loss.dtype == (torch.float64 if a == torch.float64 else torch.float32) and loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_probabilities_in_half_precision_pass_the_check():
+    for dtype in (torch.float16, torch.bfloat16):
+        soft = probabilities(200, 48, dtype)
+        assert (soft.double().sum(1) != 1).any()
+        concept_loss(torch.zeros(200, 48), soft, validate=True)
+
+
+def test_what_is_no_tensor_or_lies_elsewhere_is_refused_by_name():
+    a, b = pair(6, 4)
+    calls = dict(student=lambda x: text_distillation_loss(x, b), teacher=lambda x: text_distillation_loss(a, x), text_features=lambda x: contrastive_loss(a, x, 2.0),
+                 logits=lambda x: concept_loss(x, IDS), concepts=lambda x: concept_loss(a, x), weight=lambda x: concept_loss(a, IDS, weight=x),
+                 concept=lambda x: kklip_loss(torch.tensor(1.0), x, torch.tensor(1.0)))
+    for name, call in calls.items():
+        for x in (a.numpy(), a.tolist(), None, 0.0):
+            if name == "weight" and x is None: continue
+            with pytest.raises(ValueError, match=f"^{name} is a {type(x).__name__}; expected a tensor"): call(x)
+    for name in ("teacher", "text_features", "concepts"):
+        with pytest.raises(ValueError, match=f"on cpu, {name} on meta"): calls[name](b.to("meta"))
+    with pytest.raises(ValueError, match="on cpu, concepts on meta"): concept_loss(a, IDS.to("meta"))
+    with pytest.raises(ValueError, match="concepts are complex"): concept_loss(a, IDS.to(torch.complex64))
+
+
+@pytest.mark.parametrize("bad", ["10", None, 2j, [10.0]])
+def test_settings_that_are_no_numbers_are_refused_by_name(bad):
+    one = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="logit_scale="): contrastive_loss(*pair(), bad)
+    if bad is not None:
+        with pytest.raises(ValueError, match="chunk="): contrastive_loss(*pair(), 10.0, chunk=bad)
+    for name in ("alpha", "beta", "gamma"):
+        with pytest.raises(ValueError, match=f"{name}="): kklip_loss(one, one, one, **{name: bad})
+    with pytest.raises(ValueError, match="label_smoothing="): concept_loss(pair(6, 4)[0], IDS, label_smoothing=bad)
+
+
+def test_numbers_of_numpy_are_numbers():
+    one, images_and_texts = torch.tensor(2.0), pair(dtype=torch.float32)
+    for kind in (np.float64, np.float32, np.float16, np.int64):
+        x = [i.clone().requires_grad_() for i in images_and_texts]
+        assert number(contrastive_loss(*x, kind(10), chunk=np.int64(2))) == pytest.approx(naive_contrastive(*images_and_texts, 10.0), rel=1e-5)
+        assert number(kklip_loss(one, one, one, kind(3), kind(2), kind(1))[0]) == 12
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
+def test_a_weight_in_a_tensor_is_one_number_and_is_looked_at_on_request(name):
+    one = torch.tensor(1.0)
+    assert number(kklip_loss(one, one, one, **(dict(alpha=0, beta=0, gamma=0) | {name: torch.tensor(3.0, dtype=torch.float16)}))[0]) == 3
+    with pytest.raises(ValueError, match=rf"{name} has shape \(1,\)"): kklip_loss(one, one, one, **{name: torch.ones(1)})
+    for bad in (-1.0, NAN, INF):
+        with pytest.raises(ValueError, match=f"{name}={bad}"): kklip_loss(one, one, one, **{name: torch.tensor(bad)}, validate=True)
+        kklip_loss(one, one, one, **{name: torch.tensor(bad)})
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, NAN])
+def test_label_smoothing_that_torch_would_take_for_none_is_refused(smoothing):
+    with pytest.raises(ValueError, match=f"label_smoothing={smoothing}"): concept_loss(pair(6, 4)[0], IDS, label_smoothing=smoothing)
 
 
 @HALF
