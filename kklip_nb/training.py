@@ -45,7 +45,7 @@ class Material(NamedTuple):
 # %% ../nbs/06_training.ipynb #d0070001
 def _row_numbers(rows: Any, n: int, once: bool = False) -> np.ndarray:
     "Rows of a table of n, or n booleans, as numbers; ValueError for others, and for none."
-    found = as_array(rows if hasattr(rows, "__len__") else [*rows])
+    found = as_array([*rows] if hasattr(rows, "__next__") else rows)
     if found.dtype == bool and found.shape == (n,): found = np.flatnonzero(found)
     if found.ndim != 1 or not found.size or not np.issubdtype(found.dtype, np.integer):
         raise ValueError(f"rows have shape {found.shape}, dtype {found.dtype}; expected "
@@ -356,8 +356,11 @@ def checkpoint_path(
     train: Sequence[int] | np.ndarray,  # rows of the training split
 ) -> Path:
     "Where run_recipe keeps this run: the name changes with all that it reads, pictures included."
-    pictures = hashlib.sha256(np.ascontiguousarray(material.pairs.images).tobytes()).hexdigest()
-    return Path(folder) / f"run-{run_key(recipe, material, train)}-{pictures[:8]}.safetensors"
+    digest = hashlib.sha256(np.ascontiguousarray(material.pairs.images).tobytes())
+    texts = [*material.pairs.captions], [*material.words] if recipe.first_steps else []
+    digest.update(json.dumps(texts).encode())
+    name = f"run-{run_key(recipe, material, train)}-{digest.hexdigest()[:8]}"
+    return Path(folder) / f"{name}.safetensors"
 
 # %% ../nbs/06_training.ipynb #3278731e
 #| echo: false
@@ -581,6 +584,8 @@ def run_recipe(
     "From captions and embeddings to a trained student: every step of the course in order."
     train_rows = _row_numbers(train_rows, len(material.embeddings), once=True)
     if recipe.first_steps: _check_words(material)
+    if recipe.word_table and material.word_table is None:
+        raise ValueError("word_table=True, but the material has none; expected word_table=False")
     targets, concepts, labels = make_targets(material.embeddings, train_rows, recipe)
     student = build_student(recipe.student, recipe.pretrained, targets.shape[1], recipe.k,
                             recipe.imagenet, recipe.train_image, recipe.seed, recipe.projection)

@@ -313,3 +313,60 @@ def test_held_out_rows_move_nothing_that_is_fitted_and_one_training_row_moves_it
     if recipe.first_steps:  # the words are scaled by the training captions: by one row more or less
         words = run(spoiled(ROWS[3:4], "embedding"))["texts"].targets[:len(WORDS)]
         assert not same(words, plain["texts"].targets[:len(WORDS)])
+
+
+# ---- runs that are kept
+
+@pytest.mark.parametrize("settings", [{}, dict(projection="mlp", train_image="head", k=3, seed=2)], ids=["as it is", "changed"])
+def test_a_run_is_kept_found_again_and_its_student_read_back(settings, material, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(BASE, epochs=1, **settings)
+    run = training.run_recipe(recipe, material, ROWS, tmp_path / "runs")
+    path = training.checkpoint_path(tmp_path / "runs", recipe, material, ROWS)
+    assert [*(tmp_path / "runs").iterdir()] == [path]
+    student = training.load_student(path)
+    assert same(copied(student), copied(run.student)) and not student.training
+    assert [p.requires_grad for p in student.parameters()] == [p.requires_grad for p in run.student.parameters()]
+    assert student.clip.visual.proj.shape == (32, 16) and len(student.image_concepts.bias) == recipe.k and len(student.predict_teacher(torch.ones(1, 16))[0]) == D
+    steps, asked, build = [], [], training.build_student
+    monkeypatch.setattr(training, "train_step", lambda *args: steps.append(args))
+    monkeypatch.setattr(training, "build_student", lambda *args: asked.append(args) or build(*args))
+    again = training.run_recipe(recipe, material, ROWS, tmp_path / "runs")
+    training.load_student(path)
+    assert asked[0] == asked[1] == (recipe.student, None, D, recipe.k, False, recipe.train_image, recipe.seed, recipe.projection), "built again as the recipe says"
+    assert not steps and again.history == run.history and again.first == run.first
+    assert same(copied(again.student), copied(run.student)) and same([*again[3:5]], [*run[3:5]])
+
+
+def test_without_a_folder_nothing_is_kept_and_without_a_first_stage_none_is_made(material, tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = training.run_recipe(dataclasses.replace(BASE, first_steps=0, epochs=1), material, ROWS)
+    assert run.first == [] and not [*tmp_path.rglob("*")]
+
+
+def test_rows_may_be_booleans_and_no_words_are_needed(material, tmp_path, monkeypatch):
+    monkeypatch.setenv("KKLIP_CACHE", str(tmp_path))
+    recipe, wordless = dataclasses.replace(BASE, epochs=1, words=0), material._replace(words=[], word_embeddings=material.word_embeddings[:0])
+    by_number, by_truth = watched(recipe, wordless, ROWS), watched(recipe, wordless, np.isin(np.arange(N), ROWS))
+    assert len(by_number["texts"].tokens) == len(ROWS) and by_number["ran"] and not by_truth["ran"], "one key"
+    assert same(by_number["weights"], by_truth["weights"]) and same(by_number["order"], by_truth["order"])
+
+
+def test_the_student_trains_on_the_device_that_is_named(material, monkeypatch):
+    places, to = [], training.Student.to
+    monkeypatch.setattr(training.Student, "to", lambda self, place: places.append(place) or to(self, place))
+    place = torch.device("cpu", 0)
+    training.run_recipe(dataclasses.replace(BASE, epochs=1), material, ROWS, device=place)
+    training.train(training.build_student("tiny-run", None, D, 4, False, "all"), training.Inputs([*"abcdefgh"], torch.zeros(8, 3, SIZE, SIZE), tokens_of(WORDS + ["sun"]), torch.zeros(8, D), torch.full((8, 4), 0.25)),
+                   dataclasses.replace(BASE, epochs=1), device=place)
+    assert places.count(place) == 2 and places[0] is place
+
+
+@pytest.mark.parametrize("column", ["pictures", "embeddings", "train"])
+def test_a_table_that_does_not_fit_is_refused_before_a_step(column, material, monkeypatch):
+    monkeypatch.setattr(training, "optimizer_step", None)
+    rows, made = ROWS, material
+    if column == "pictures": made = made._replace(pairs=made.pairs._replace(images=made.pairs.images[1:]))
+    if column == "embeddings": made = made._replace(embeddings=made.embeddings[:-1])
+    if column == "train": rows = [*ROWS, N]
+    with pytest.raises(ValueError, match=f"{N}|{N - 1}"): training.run_recipe(BASE, made, rows)
