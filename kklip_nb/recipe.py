@@ -8,6 +8,7 @@ __all__ = ['LAPTOP', 'CLIP', 'PAPER', 'Recipe', 'recipe_table']
 # %% ../nbs/05_recipe.ipynb #73e95985
 import dataclasses
 import math
+import sys
 from typing import Any
 
 # %% ../nbs/05_recipe.ipynb #ac0dd32d
@@ -17,25 +18,29 @@ def _setting(value: Any, reason: str, paper: str = "not said", **allowed: Any) -
     return dataclasses.field(default=value, metadata=metadata)
 
 
-def _possible(value: Any, at_least: float = -math.inf, above: float = -math.inf, one_of: tuple = (),
-              holding: str = "") -> bool:
-    if isinstance(value, str): return holding in value and (not one_of or value in one_of)
-    return value is None or (at_least <= value < math.inf and value > above)
+def _possible(value: Any, at_least: float = -math.inf, at_most: float = sys.float_info.max,
+              above: float = -math.inf, one_of: tuple = (), holding: str = "") -> bool:
+    if isinstance(value, str):
+        return bool(value.strip()) and holding in value and (not one_of or value in one_of)
+    return value is None or (at_least <= value <= at_most and value > above)
 
 
 def _check_settings(recipe: Any) -> None:
     for f in dataclasses.fields(recipe):
-        value, allowed = getattr(recipe, f.name), f.metadata["allowed"]
+        given, allowed = getattr(recipe, f.name), f.metadata["allowed"]
+        value = given.item() if getattr(given, "shape", None) == () else given  # numpy's numbers
         kind = f.type | int if f.type is float else f.type
         of_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not (of_kind and _possible(value, **allowed)):
             limits = "".join(f", {how.replace('_', ' ')} {limit}" for how, limit in allowed.items())
+            limits += ", not empty" * isinstance(value, str)
             kind = getattr(f.type, "__name__", f.type)
-            raise ValueError(f"{f.name}={value!r}; expected {kind}{limits}")
+            raise ValueError(f"{f.name}={given!r}; expected {kind}{limits}")
+        object.__setattr__(recipe, f.name, float(value) if f.type is float else value)
 
 
 class _Checked:
-    "Settings that are checked when they are made."
+    "Settings that are checked when they are made; 2 and 2.0 are one setting."
     __post_init__ = _check_settings
 
 # %% ../nbs/05_recipe.ipynb #ed1007e1
@@ -68,7 +73,8 @@ class Recipe(_Checked):
     lr: float = _setting(1e-3, "small towers can take larger steps", "5e-5", above=0)
     weight_decay: float = _setting(0.1, "usual; not on biases, norms and logit_scale", at_least=0)
     warmup: int = _setting(20, "steps; AdamW knows little about the gradients at first", at_least=0)
-    seed: int = _setting(0, "of weights, concepts, order of pairs, draw of words", at_least=0)
+    seed: int = _setting(0, "of weights, concepts, order of pairs, draw of words", at_least=0,
+                         at_most=2**32 - 1)
 
 # %% ../nbs/05_recipe.ipynb #311f0e36
 LAPTOP = Recipe()

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from .recipe import LAPTOP, PAPER, Recipe, recipe_table  # noqa: F401
 from .student import (MAX_LOGIT_SCALE, Student, WordTable, build_student, cut_padding,
                               encode_all, image_inputs, start_from_words, tokenize)
 from .teacher import load_embeddings
-from .tools import cache_dir, check_found, finite_matrix, write_atomically
+from .tools import as_array, cache_dir, check_found, finite_matrix, write_atomically
 
 # %% ../nbs/06_training.ipynb #14948837
 class Material(NamedTuple):
@@ -42,9 +42,41 @@ class Material(NamedTuple):
     word_embeddings: np.ndarray  # (m, d) their raw teacher embeddings
     word_table: WordTable  # start of the student's token embedding
 
+# %% ../nbs/06_training.ipynb #d0070001
+def _row_numbers(rows: Any, n: int, once: bool = False) -> np.ndarray:
+    "Rows of a table of n, or n booleans, as numbers; ValueError for others, and for none."
+    found = as_array([*rows] if hasattr(rows, "__next__") else rows)
+    if found.dtype == bool and found.shape == (n,): found = np.flatnonzero(found)
+    if found.ndim != 1 or not found.size or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"rows have shape {found.shape}, dtype {found.dtype}; expected "
+                         f"row numbers, at least one, or {n} booleans")
+    if found.min() < 0 or found.max() >= n:
+        raise ValueError(f"rows run from {found.min()} to {found.max()}; expected 0 … {n - 1}")
+    if once and len(np.unique(found)) < len(found):
+        raise ValueError(f"{len(found)} rows, {len(np.unique(found))} of them different; "
+                         "expected each training row once")
+    return found.astype(np.int64)
+
+
+def _vectors(name: str, values: Any) -> np.ndarray:
+    "A finite matrix in single or double precision, as it came."
+    finite_matrix(name, values)
+    array = as_array(values)
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+
 # %% ../nbs/06_training.ipynb #fd9eb0db
 #| echo: false
 RECORDED_WORDS = 10_000  # as many as scripts/record.py asks the teacher about
+
+def _recorded_table(path: Path) -> WordTable:
+    if not path.exists(): raise FileNotFoundError(f"no word table at {path}; fetch the course anew")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return WordTable(file.get_tensor("ids"), file.get_tensor("vectors").astype(np.float32))
+    except (OSError, SafetensorError) as error:
+        advice = "fetch the course anew"
+        raise ValueError(f"{path} is no recorded word table ({error}); {advice}") from error
+
 
 def recorded_material(
     folder: str | Path,  # where scripts/record.py has put the recordings: nbs/recorded
@@ -53,23 +85,27 @@ def recorded_material(
     "The course's pairs with recorded embeddings: no teacher has to be installed."
     if recipe.words > RECORDED_WORDS:
         raise ValueError(f"words={recipe.words}; at most {RECORDED_WORDS} are recorded")
-    folder = Path(folder)
+    if recipe.teacher != "smollm2":
+        raise ValueError(f"teacher={recipe.teacher!r}; the recordings are of 'smollm2'")
+    if not (folder := Path(folder)).is_dir():
+        raise FileNotFoundError(f"no folder {folder}; give the course's nbs/recorded")
     how = dict(pooling=recipe.pooling, layer=recipe.layer, prompt=recipe.prompt)
     pairs, few = load_openmoji(), slice(recipe.words)
     words = load_words(RECORDED_WORDS, {*pairs.bases, *pairs.captions})
     embeddings = load_embeddings(folder / "pairs-last-29-prompt.safetensors", pairs.captions, **how)
     word_embeddings = load_embeddings(folder / "words-last-29-prompt.safetensors", words, **how)
-    with safe_open(folder / "word-table.safetensors", framework="numpy") as file:
-        table = WordTable(file.get_tensor("ids"), file.get_tensor("vectors").astype(np.float32))
+    table = _recorded_table(folder / "word-table.safetensors")
     return Material(pairs, embeddings, words[few], word_embeddings[few], table)
 
 # %% ../nbs/06_training.ipynb #a534f0bf
 def make_targets(
     embeddings: np.ndarray,  # (n, d) raw teacher embeddings of all pairs
-    train: np.ndarray,  # rows of the training split: the only ones that are fitted on
+    train: Sequence[int] | np.ndarray,  # rows of the training split: only these are fitted on
     recipe: Recipe,
 ) -> tuple[np.ndarray, Concepts, np.ndarray]:  # targets (n, d), concepts, soft labels (n, k)
     "Standardised embeddings, the concepts of the training captions, and every pair's soft label."
+    embeddings = _vectors("embeddings", embeddings)
+    train = _row_numbers(train, len(embeddings), once=True)
     targets = apply_scale(embeddings, fit_scale([embeddings[train]], recipe.normalise))
     concepts = fit_concepts(targets[train], recipe.k, recipe.seed)
     return targets, concepts, soft_labels(targets, concepts.centroids, recipe.temperature)
@@ -95,7 +131,8 @@ def batch_of(
     rows: Sequence[int] | np.ndarray,  # which pairs
 ) -> Inputs | Texts:  # tokens cut to the longest of these captions
     "The inputs of these rows alone."
-    index = torch.as_tensor(rows)
+    rows = _row_numbers(rows, len(inputs.tokens))
+    index = torch.from_numpy(rows)
     columns = (x[index] if isinstance(x, torch.Tensor) else [x[i] for i in rows] for x in inputs)
     batch = type(inputs)(*columns)
     return batch._replace(tokens=cut_padding(batch.tokens))
@@ -118,12 +155,13 @@ def prepare_inputs(
     label_entropy(labels)  # raises ValueError for rows that are no probabilities
     targets, labels = (torch.from_numpy(finite_matrix(*x)).float()
                        for x in (("targets", targets), ("labels", labels)))
-    n = len(pairs.captions)
-    if not len(targets) == len(labels) == n:
-        raise ValueError(f"{n} pairs, {len(targets)} targets, {len(labels)} labels; "
-                         "expected as many")
+    captions = list(pairs.captions)
+    n, pictures = len(captions), len(pairs.images)
+    if not len(targets) == len(labels) == pictures == n:
+        raise ValueError(f"{n} pairs, {len(targets)} targets, {len(labels)} labels, "
+                         f"{pictures} pictures; expected as many")
     images = image_inputs(student, pairs.images, progress)
-    return Inputs(pairs.captions, images, tokenize(student, pairs.captions), targets, labels)
+    return Inputs(captions, images, tokenize(student, captions), targets, labels)
 
 # %% ../nbs/06_training.ipynb #a7fe46e9
 def compute_losses(
@@ -168,6 +206,9 @@ def optimizer_step(
     """One step along the gradients, or none if their length is not finite.
 
     logit_scale never leaves its range. Training on many GPUs ends its steps here too."""
+    if not 0 <= lr < math.inf: raise ValueError(f"lr={lr}; expected a number of at least 0")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm}; expected a positive number, or None")
     for group in optimizer.param_groups: group["lr"] = lr
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     parameters = [p for p in everything if p.grad is not None]
@@ -202,24 +243,37 @@ def learning_rate(
     peak: float,  # reached after the warm-up
     warmup: int,  # steps of linear warm-up
 ) -> float:
-    "Linear warm-up, then half a cosine down to zero."
+    "Linear warm-up, then half a cosine down to zero, where it stays."
     if step < warmup: return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    left = max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(step - warmup, left) / left))
 
 # %% ../nbs/06_training.ipynb #240bc010
+def _check_words(material: Material) -> list[str]:
+    words = list(material.words)
+    found, wide = np.shape(material.word_embeddings), np.shape(material.embeddings)[-1]
+    if len(words) != found[0] or (words and found != (len(words), wide)):
+        raise ValueError(f"{len(words)} words and embeddings of shape {found}; expected one each, "
+                         f"of width {wide} as the pairs'")
+    return words
+
+
 def first_texts(
     student: Student,
     inputs: Inputs,  # of all pairs
     material: Material,
-    train_rows: np.ndarray,  # rows of the training split: no other caption may be learned from
+    train_rows: Sequence[int] | np.ndarray,  # no other caption may be learned from
     recipe: Recipe,
 ) -> Texts:  # the words, then the training captions
     "What the first stage reads; the words are scaled as the training captions are."
-    scale = fit_scale([material.embeddings[train_rows]], recipe.normalise)
-    tokens = tokenize(student, material.words)
-    targets = torch.from_numpy(apply_scale(material.word_embeddings, scale))
-    return Texts(torch.cat([tokens, inputs.tokens[train_rows]]),
-                 torch.cat([targets, inputs.targets[train_rows]]))
+    rows = _row_numbers(train_rows, len(inputs.tokens), once=True)
+    own = Texts(inputs.tokens[rows], inputs.targets[rows])
+    if not (words := _check_words(material)): return own
+    embeddings = _vectors("embeddings", material.embeddings)
+    scale = fit_scale([embeddings[rows]], recipe.normalise)
+    scaled = apply_scale(_vectors("word embeddings", material.word_embeddings), scale)
+    return Texts(torch.cat([tokenize(student, words), own.tokens]),
+                 torch.cat([torch.from_numpy(scaled), own.targets]))
 
 # %% ../nbs/06_training.ipynb #240bc008
 def text_batches(
@@ -229,7 +283,11 @@ def text_batches(
     epoch: int,  # from 0
 ) -> list[np.ndarray]:  # rows of each batch
     "One epoch of captions alone, like lengths together: little is padded; fixed by seed and epoch."
-    random, lengths = np.random.default_rng([seed, epoch]), tokens.count_nonzero(1).numpy()
+    tokens = as_array(tokens)
+    if tokens.ndim != 2 or not len(tokens) or batch_size < 1:
+        raise ValueError(f"tokens of shape {tokens.shape} in batches of {batch_size}; "
+                         "expected (n, t), n and the batch at least 1")
+    random, lengths = np.random.default_rng([seed, epoch]), np.count_nonzero(tokens, 1)
     order = random.permutation(len(tokens))
     order = order[np.argsort(lengths[order], kind="stable")]
     batches = np.array_split(order, math.ceil(len(order) / batch_size))
@@ -264,6 +322,13 @@ def first_stage(
 
 # %% ../nbs/06_training.ipynb #ab41ddb8
 #| echo: false
+def _halved(values: Any) -> np.ndarray:
+    "float16, as embeddings are recorded; float32 where that would overflow or vanish."
+    array = as_array(values)
+    with np.errstate(over="ignore"): half = array.astype(np.float16)
+    return half if 1e-3 < abs(half).max(initial=0) < np.inf else array.astype(np.float32)
+
+
 def run_key(
     recipe: Recipe,
     material: Material,
@@ -274,10 +339,10 @@ def run_key(
 
     The pictures are left out, for another version of the drawing library may round a pixel
     otherwise, and a table of results should still find its runs."""
-    read = [material.embeddings.astype(np.float16), np.asarray(train, np.int64)]
-    if recipe.first_steps: read.append(material.word_embeddings.astype(np.float16))
+    read = [_halved(material.embeddings), _row_numbers(train, len(material.embeddings))]
+    if recipe.first_steps: read.append(_halved(material.word_embeddings))
     table = material.word_table
-    if recipe.word_table: read += [table.ids, table.vectors.astype(np.float16)]
+    if recipe.word_table: read += [table.ids, _halved(table.vectors)]
     settings = {k: v for k, v in dataclasses.asdict(recipe).items() if not only or k in only}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for array in read: digest.update(np.ascontiguousarray(array).tobytes())
@@ -291,19 +356,35 @@ def checkpoint_path(
     train: Sequence[int] | np.ndarray,  # rows of the training split
 ) -> Path:
     "Where run_recipe keeps this run: the name changes with all that it reads, pictures included."
-    pictures = hashlib.sha256(np.ascontiguousarray(material.pairs.images).tobytes()).hexdigest()
-    return Path(folder) / f"run-{run_key(recipe, material, train)}-{pictures[:8]}.safetensors"
+    digest = hashlib.sha256(np.ascontiguousarray(material.pairs.images).tobytes())
+    texts = [*material.pairs.captions], [*material.words] if recipe.first_steps else []
+    digest.update(json.dumps(texts).encode())
+    name = f"run-{run_key(recipe, material, train)}-{digest.hexdigest()[:8]}"
+    return Path(folder) / f"{name}.safetensors"
 
 # %% ../nbs/06_training.ipynb #3278731e
 #| echo: false
 _FIRST = ("student", "pretrained", "word_table", "normalise", "projection", "first_steps",
           "first_batch", "first_lr", "weight_decay", "warmup", "seed")
+_UNTOUCHED = "clip.visual", "image_concepts", "text_concepts"  # by the first stage
+
+def _read_first_stage(path: Path, wanted: dict, steps: int, read: str) -> tuple | None:
+    "Weights and history, or None where there is no such file, or none that fits."
+    if path.is_dir(): raise ValueError(f"{path} is a folder; move it: a file is kept there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept, metadata = {k: file.get_tensor(k) for k in wanted}, file.metadata()
+        history = json.loads(metadata["history"])
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError): return None
+    fits = all(kept[k].shape == v.shape for k, v in wanted.items()) and len(history) == steps
+    return (kept, history) if fits and metadata.get("read", read) == read else None
+
 
 def cached_first_stage(
     student: Student,
     texts: Texts,
     recipe: Recipe,  # as in first_stage
-    key: str,  # names all that the first stage reads
+    key: str,  # names all that the first stage reads, but for the texts' tokens
     progress: bool = False,  # show a bar
 ) -> list[dict]:  # what first_stage returned
     """first_stage with a memory: what it does to the student is kept in the cache folder.
@@ -311,16 +392,14 @@ def cached_first_stage(
     Many recipes share one first stage: the weights of the losses, the concepts and the epochs
     come after it, so the key is run_key of the settings in _FIRST."""
     path = cache_dir() / "first" / f"{key}.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            kept = {k: file.get_tensor(k) for k in file.keys()}
-            student.load_state_dict(kept, strict=False)
-            return json.loads(file.metadata()["history"])
-    except (FileNotFoundError, SafetensorError):
-        history = first_stage(student, texts, recipe, progress)
-    weights = student.state_dict().items()
-    state = {k: v.contiguous() for k, v in weights if not k.startswith("clip.visual")}
-    metadata = dict(history=json.dumps(history))
+    read = hashlib.sha256(texts.tokens.cpu().numpy().tobytes()).hexdigest()
+    weights = {k: v for k, v in student.state_dict().items() if not k.startswith(_UNTOUCHED)}
+    if found := _read_first_stage(path, weights, recipe.first_steps, read):
+        student.load_state_dict(found[0], strict=False)
+        return found[1]
+    history = first_stage(student, texts, recipe, progress)
+    state = {k: v.contiguous() for k, v in weights.items()}  # of the same memory, trained by now
+    metadata = dict(history=json.dumps(history), read=read)
     write_atomically(path, lambda part: save_file(state, part, metadata))
     return history
 
@@ -371,45 +450,66 @@ def save_checkpoint(
 
 # %% ../nbs/06_training.ipynb #69b6d14c
 #| echo: false
-def _read_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+class _Saved(NamedTuple):
+    recipe: dict
+    epoch: int
+    history: list[dict]
+    tensors: dict[str, torch.Tensor]
+
+
+def _read_checkpoint(path: str | Path) -> _Saved:
     if not Path(path).exists(): raise FileNotFoundError(f"no checkpoint at {path}; train first")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, OSError) as error:
+            said, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+        if said.get("kind") == "kklip_nb checkpoint":
+            recipe, epoch, history = (json.loads(said[k]) for k in ("recipe", "epoch", "history"))
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a readable checkpoint ({error}); "
                          "delete it and train again") from error
     advice = "give the path of a checkpoint of this package"
-    check_found(path, metadata, dict(kind="kklip_nb checkpoint"), advice)
-    return metadata, tensors
+    check_found(path, said, dict(kind="kklip_nb checkpoint"), advice)
+    if other := {f.name for f in dataclasses.fields(Recipe)}.symmetric_difference(recipe):
+        raise ValueError(f"{path} is of another version, whose recipe differs in {sorted(other)}; "
+                         "train again")
+    return _Saved(recipe, epoch, history, tensors)
 
 
-def _weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    named = ((k.partition("."), v) for k, v in tensors.items())
-    return {name: v for (kind, _, name), v in named if kind == "student"}
+def _load_weights(path: str | Path, student: Student, tensors: dict[str, torch.Tensor]) -> None:
+    weights = {k.removeprefix("student."): v for k, v in tensors.items() if k[:8] == "student."}
+    try: student.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another student ({error}); load_student builds it") from error
 
-
+# %% ../nbs/06_training.ipynb #d0070002
+#| echo: false
 def load_student(
     path: str | Path,  # a file that save_checkpoint wrote
 ) -> Student:  # in evaluation mode, on the CPU
     "The student of a checkpoint, built as its recipe says; raises as load_checkpoint does."
-    metadata, tensors = _read_checkpoint(path)
-    recipe, weights = Recipe(**json.loads(metadata["recipe"])), _weights(tensors)
-    last = "to_teacher.2.bias" if recipe.projection == "mlp" else "to_teacher.bias"
+    saved = _read_checkpoint(path)
+    recipe, weights = Recipe(**saved.recipe), saved.tensors
+    last = "student.to_teacher.2.bias" if recipe.projection == "mlp" else "student.to_teacher.bias"
+    if missing := {last, "student.image_concepts.bias"} - {*weights}:
+        raise ValueError(f"{path} has no {missing}; delete it and train again")
     student = build_student(recipe.student, recipe.pretrained, len(weights[last]),
-                            len(weights["image_concepts.bias"]), recipe.imagenet,
+                            len(weights["student.image_concepts.bias"]), recipe.imagenet,
                             recipe.train_image, recipe.seed, recipe.projection)
-    student.load_state_dict(weights)
+    _load_weights(path, student, weights)
     return student.eval()
 
 # %% ../nbs/06_training.ipynb #b59ec49f
 #| echo: false
-def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def _restore(path: Any, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     "The optimiser's state and torch's random state, as saved."
     state: dict[int, dict] = {}
     for kind, *place, value in ((*k.split("."), v) for k, v in tensors.items()):
         if kind == "optimizer": state.setdefault(int(place[0]), {})[place[1]] = value
+    shapes = dict(enumerate(p.shape for g in optimizer.param_groups for p in g["params"]))
+    if "random" not in tensors or any(v.ndim and v.shape != shapes.get(number)
+                                      for number, entry in state.items() for v in entry.values()):
+        raise ValueError(f"{path} holds the state of another optimiser; build the student and the "
+                         "optimiser as the run did")
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
     torch.set_rng_state(tensors["random"])
     if "random_cuda" in tensors and torch.cuda.is_available():
@@ -424,13 +524,13 @@ def load_checkpoint(
 ) -> tuple[int, list[dict]]:  # epochs finished, history
     """Take up a run where it was left.
 
-    Raises FileNotFoundError, or ValueError for a corrupt file or another recipe."""
-    metadata, tensors = _read_checkpoint(path)
+    Raises FileNotFoundError, or ValueError for a corrupt file, another recipe or student."""
+    saved = _read_checkpoint(path)
     advice = "it belongs to another recipe: go on with that one, or use another folder"
-    check_found(path, json.loads(metadata["recipe"]), dataclasses.asdict(recipe), advice)
-    student.load_state_dict(_weights(tensors))
-    if optimizer is not None: _restore(optimizer, tensors)
-    return int(metadata["epoch"]), json.loads(metadata["history"])
+    check_found(path, saved.recipe, dataclasses.asdict(recipe), advice)
+    _load_weights(path, student, saved.tensors)
+    if optimizer is not None: _restore(path, optimizer, saved.tensors)
+    return saved.epoch, saved.history
 
 # %% ../nbs/06_training.ipynb #bd0814de
 def train(
@@ -476,12 +576,16 @@ class Run(NamedTuple):
 def run_recipe(
     recipe: Recipe,
     material: Material,
-    train_rows: np.ndarray,  # rows of the training split
+    train_rows: Sequence[int] | np.ndarray,  # rows of the training split, or n booleans
     folder: str | Path | None = None,  # where the checkpoint is kept and found again
     progress: bool = False,  # show bars
     device: torch.device | str = "cpu",  # where the student trains and stays
 ) -> Run:  # its features on the CPU
     "From captions and embeddings to a trained student: every step of the course in order."
+    train_rows = _row_numbers(train_rows, len(material.embeddings), once=True)
+    if recipe.first_steps: _check_words(material)
+    if recipe.word_table and material.word_table is None:
+        raise ValueError("word_table=True, but the material has none; expected word_table=False")
     targets, concepts, labels = make_targets(material.embeddings, train_rows, recipe)
     student = build_student(recipe.student, recipe.pretrained, targets.shape[1], recipe.k,
                             recipe.imagenet, recipe.train_image, recipe.seed, recipe.projection)
