@@ -539,3 +539,138 @@ def test_the_table_over_seeds_says_nothing_of_what_is_not_there():
     alone = runs_of("hits", [0.1, 0.2], [0.3])  # one seed in common
     for rest in (runs[:2], alone, [r | dict(hits="") for r in runs], []): assert seed_table(rest, {"hits": "h"}) == ""
     assert seed_table(runs, {}) == ""
+
+
+# ---- names, rows, counts and templates as people give them
+
+COMPOSED, APART = "caf\u00e9", "cafe\u0301"  # é in one code point and in two
+PAIRS_OF_NAMES = {  # do the two name one thing?
+    "composed": (COMPOSED, APART, True), "spaces": ("fire engine", " fire\u00a0 engine", True), "NUL": ("a", "a\0", False), "number": (1, "1", False),
+    "none": (None, None, True), "none or text": (None, "None", False), "tuples": (("a", 1), ("a", 1), True), "tensor": (torch.tensor(3), 3, True),
+    "numpy": (np.str_("a"), "a", True), "NaN": (NAN, None, True), "letter case": ("Polish", "polish", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PAIRS_OF_NAMES)
+def test_names_are_compared_as_they_read(case):
+    one, other, same = PAIRS_OF_NAMES[case]
+    assert retrieval_recall(np.eye(3), np.eye(3)[[1, 0, 2]], ks=(1,), text_ids=[one, other, "z"])["i2t_r1"] == (1 if same else pytest.approx(1 / 3))
+    assert median_rank(np.eye(3), np.eye(3)[[1, 0, 2]], text_ids=iter([one, other, "z"]))["t2i_median_rank"] == (1 if same else 2.5)
+    assert knn_hits(np.eye(2), [one, "z"], np.eye(2), [other, "z"], 1).tolist() == [same, 1]
+    assert zero_shot_hits(np.eye(2), np.eye(2), [one, other], [one, other]).tolist() == [1, 1]
+    assert bootstrap_interval([0.0, 4.0], [one, other]) == ((2, 2) if same else (0, 4))
+
+
+def test_groups_are_drawn_in_the_order_of_their_names():
+    "The resampling draws sorted groups; the interval belongs to the seed, not to the order of the rows."
+    picks = np.random.default_rng(4).integers(4, size=(50, 4))
+    groups = list("dbcadcbd")
+    values = np.array([9.0, 4, 6, 3.5, 3, 1, 1, 6])
+    wanted = [np.percentile([np.concatenate([values[[g == "abcd"[p] for g in groups]] for p in row]).mean() for row in picks], q) for q in (2.5, 97.5)]
+    assert bootstrap_interval(values, groups, seed=4, draws=50) == pytest.approx(tuple(wanted))
+    order = [5, 2, 7, 0, 1, 3, 6, 4]
+    assert bootstrap_interval(values[order], [groups[i] for i in order], seed=4, draws=50) == pytest.approx(tuple(wanted))
+    assert bootstrap_interval(values, ["a", None, "b", 1, ("c", 2), "b", 1, None], draws=50)[0] <= values.mean()
+
+
+@pytest.mark.parametrize("rows", [(2, 3, 5), [2, 3, 5], np.array([2, 3, 5], np.uint8), torch.tensor([2, 3, 5]), np.array([0, 0, 1, 1, 0, 1], bool), [False, False, True, True, False, True]])
+def test_rows_are_numbers_or_a_mask(rows, rng):
+    features, classes, train = rng.normal(size=(2, 6, 4)), list("abaabb"), [0, 1, 4]
+    encode = lambda prompts: np.eye(4)[["ab".index(p[-1]) for p in prompts]]
+    wanted, got = (item_scores(*features, encode, classes, train, r) for r in ([2, 3, 5], rows))
+    assert all((wanted[k] == got[k]).all() for k in wanted) and chance_levels(classes, rows, train) == chance_levels(classes, [2, 3, 5], train)
+    turned = item_scores(*features, encode, classes, rows, train)
+    assert all((v == item_scores(*features, encode, classes, [2, 3, 5], train)[k]).all() for k, v in turned.items())
+    assert evaluate(*features, encode, classes, iter(train), rows) == evaluate(*features, encode, classes, train, [2, 3, 5])
+
+
+@pytest.mark.parametrize("rows, said", [([6], "0 to 5"), ([-7], "0 to 5"), ([0.0, 1.0], "numbers of rows"), (["a"], "numbers of rows"), ([[0, 1]], "numbers of rows")])
+def test_rows_that_are_not_there_are_named(rows, said):
+    six = np.eye(6)
+    for which in ("train", "test"):
+        given = dict(train=[0, 1], test=[2, 3]) | {which: rows}
+        for score in (item_scores, evaluate):
+            with pytest.raises(ValueError, match=f"{which}=.*{said}"): score(six, six, lambda p: np.ones((len(p), 6)), list("ababab"), **given)
+        with pytest.raises(ValueError, match=f"{which}=.*{said}"): chance_levels(list("ababab"), **given)
+    with pytest.raises(ValueError, match="5 classes for 6 pairs"): item_scores(six, six, None, list("ababa"), [0], [1])
+
+
+def test_pairs_without_classes_are_scored_without_classification(rng):
+    images, texts = rng.normal(size=(2, 8, 3))
+    refuse = lambda prompts: pytest.fail("no class name to encode")
+    none, rest = [None, NAN] * 4, {f"{way}_{m}" for way in ("i2t", "t2i") for m in ("r1", "r5", "r10", "median_rank")}
+    assert item_scores(images, texts, refuse, none, [0, 1, 2], [3, 4, 5, 6]).keys() == chance_levels(none, [3, 4, 5, 6], [0, 1, 2]).keys() == rest
+    assert evaluate(images, texts, refuse, none, [0, 1, 2], [3, 4, 5, 6]).keys() == rest | {"alignment", "uniformity_image", "uniformity_text"}
+    some = [None] * 4 + list("abab")  # classes, but no voter
+    encode = lambda prompts: np.eye(3)[["ab".index(p[-1]) for p in prompts]]
+    assert item_scores(images, texts, encode, some, [0, 1, 2], [5, 6]).keys() == chance_levels(some, [5, 6], [0, 1, 2]).keys() == rest | {"zero_shot"}
+    with pytest.raises(ValueError, match="no rows to score"): chance_levels(some, [])
+
+
+def test_classes_that_read_the_same_are_one_class():
+    seen = []
+    encode = lambda prompts: seen.append(prompts) or np.eye(4)[[0 if COMPOSED in p else 1 for p in prompts]]
+    classes = [COMPOSED, APART, "tea", "tea ", np.str_("tea"), APART]
+    items = item_scores(np.eye(4)[[0, 0, 1, 1, 1, 0]], np.eye(4)[[0, 0, 1, 1, 1, 0]], encode, classes, [0, 2], [1, 3, 4, 5])
+    assert seen == [[t.replace("{}", c) for c in (COMPOSED, "tea")] for t in TEMPLATES]
+    assert items["zero_shot"].tolist() == items["knn_image"].tolist() == [1] * 4
+    chance = chance_levels(classes, [1, 3, 4, 5], [0, 2, 3])
+    assert chance["zero_shot"] == 0.5 and chance["knn_text"] == pytest.approx((2 * 1 + 2 * 2) / 12)
+
+
+def test_a_class_that_no_name_stands_for_is_named():
+    with pytest.raises(ValueError, match="'fox' is a true class, but not in classes"):
+        zero_shot_hits(np.eye(3), np.eye(3), ["dog", "cat", "tree"], ["dog", "fox", "cat"])
+
+
+def test_class_names_and_templates_are_no_format_strings():
+    seen = []
+    encode = lambda prompts: seen.extend(prompts) or np.ones((len(prompts), 2))
+    class_features(encode, iter(["a {0}", "{b}", 7]), iter(["{}: {}", "{x} {}"]))
+    assert seen == ["a {0}: a {0}", "{b}: {b}", "7: 7", "{x} a {0}", "{x} {b}", "{x} 7"]
+    for wrong in (["a photo"], ["{}", "{0}"], "a {}", [None]):
+        with pytest.raises(ValueError, match="has no {} where the class name would stand"): class_features(encode, ["dog"], wrong)
+    for classes, templates in (([], ["{}"]), (["dog"], [])):
+        with pytest.raises(ValueError, match="no classes or no templates"): class_features(encode, classes, templates)
+    with pytest.raises(ValueError, match=r"encode gave \[1\] rows.*expected 2"): class_features(lambda prompts: np.ones((1, 3)), ["dog", "cat"], ["{}"])
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, NAN, INF, None, "2"])
+def test_counts_are_whole_numbers_from_one(k):
+    for call in (lambda: hits_at_k(np.eye(3), np.eye(3, dtype=bool), k), lambda: retrieval_recall(np.eye(3), np.eye(3), ks=[1, k]),
+                 lambda: knn_hits(np.eye(3), "abc", np.eye(3), "abc", k), lambda: bootstrap_interval([1.0, 2.0], draws=k)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{k!r}; expected a whole number of at least 1"): call()
+
+
+def test_ks_may_be_anything_that_can_be_counted_through():
+    images, texts = np.eye(4), np.eye(4)[[1, 0, 2, 3]]
+    for ks in (iter([1, 2]), np.array([1, 2]), torch.tensor([1, 2]), [1.0, 2.0], (True, 2)):
+        assert retrieval_recall(images, texts, ks=ks) == {"i2t_r1": 0.5, "i2t_r2": pytest.approx(2 / 3), "t2i_r1": 0.5, "t2i_r2": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="ks=5; expected several"): retrieval_recall(images, texts, ks=5)
+
+
+@pytest.mark.parametrize("right", [np.where(np.eye(3), 1, NAN), [["yes"] * 3] * 3, np.full((3, 3), 0.5), [[1], [0, 1]]])
+def test_right_answers_are_booleans(right):
+    for function in (lambda *args: hits_at_k(*args, 1), first_place):
+        with pytest.raises(ValueError, match="right.*expected booleans"): function(np.eye(3), right)
+    assert first_place(np.eye(3), np.eye(3).tolist()).tolist() == hits_at_k(np.eye(3), torch.eye(3).int(), 1).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("length", [1e-300, 1e-20, 1e-13, 1e200])
+def test_rows_of_any_length_become_unit_rows(length, rng):
+    images, texts = rng.normal(size=(2, 6, 4))
+    assert retrieval_recall(length * images, texts) == retrieval_recall(images, texts)
+    assert alignment(length * images, texts) == pytest.approx(alignment(images, texts))
+    assert alignment(np.zeros((2, 3)), np.eye(3)[:2]) == 1  # a row of zeros stays one
+
+
+def test_words_of_any_script_are_whole():
+    assert words_seen(["हिन्दी", "हद", "भाषा हिन्दी"], ["हिन्दी", "ह न द"]).tolist() == ["all", "none", "some"]  # vowel signs belong to a word
+    assert words_seen([APART.upper(), "ไทย", "汽车"], [COMPOSED, "ภาษา ไทย", "红色 汽车"]).tolist() == ["all"] * 3
+    assert words_seen(iter(["a_b"]), iter(["a b"])).tolist() == ["none"]
+
+
+def test_a_table_of_other_numbers_and_names():
+    rows = [dict(dataset="openmoji", row=row, seed=seed, hits=value, rank_share=3) for row in ("CLIP", "KKLIP") for seed, value in ((0, 0.0), (1, 0.0), (2, NAN))]
+    assert "| a\\|b | 0.0 ± 0.0 | 0.0 ± 0.0 | +0.0 ± 0.0 | 2 |" in seed_table(iter(rows), {"hits": "a|b"})
+    with pytest.raises(ValueError, match="runs without row, seed; give lines of results/study.csv"): seed_table([dict(dataset="openmoji")], {"a": "b"})
