@@ -279,3 +279,51 @@ def test_features_of_files_do_not_depend_on_the_batch(tmp_path, pixel_student):
         file_features(pixel_student, [], 8)
     with pytest.raises(FileNotFoundError, match="gone.png"):
         file_features(pixel_student, [tmp_path / "gone.png"], 8)
+
+
+# ---- files that are damaged, and files that other programs wrote
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(awa2, cub):
+    wanted = [load(folder).attributes for load, folder in ((load_awa2, awa2), (load_cub, cub))]
+    for file in [*awa2.rglob("*.txt"), *cub.parent.rglob("*.txt")]: file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for load, folder, values in ((load_awa2, awa2, wanted[0]), (load_cub, cub, wanted[1])): np.testing.assert_array_equal(load(folder).attributes, values)
+
+
+AWA2_FILES = ["classes.txt", "predicates.txt", "predicate-matrix-binary.txt", "predicate-matrix-continuous.txt", "trainclasses.txt", "testclasses.txt"]
+CUB_FILES = ["images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt", "attributes/certainties.txt", "attributes/image_attribute_labels.txt", "../attributes.txt"]
+
+
+@pytest.mark.parametrize("name", AWA2_FILES + CUB_FILES)
+def test_a_file_in_another_encoding_and_a_folder_in_its_place_are_named(name, request):
+    load, folder = (load_awa2, request.getfixturevalue("awa2")) if name in AWA2_FILES and name != "classes.txt" else (load_cub, request.getfixturevalue("cub"))
+    file, last = folder / name, name.split("/")[-1]
+    file.write_bytes(file.read_text(encoding="utf-8").encode("utf-16"))
+    with pytest.raises(ValueError, match=f"{last}.*(UTF-8|line 1)"): load(folder)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(FileNotFoundError, match=last): load(folder)
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("classes.txt", "1 zebra\n2 fox\n3 cow\n4 zebra\n", "classes.txt, line 4: 'zebra' a second time"), ("predicates.txt", "1 black\n2 black\n3 swims\n", "predicates.txt, line 2: 'black' a second time"),
+])  # fmt: skip
+def test_awa2_names_may_not_repeat(awa2, name, text, said):
+    write(awa2 / name, text)
+    with pytest.raises(ValueError, match=said): load_awa2(awa2)
+
+
+@pytest.mark.parametrize("name", ["images.txt", "classes.txt", "../attributes.txt"])
+def test_cub_names_may_not_repeat(cub, name):
+    first, *others = (cub / name).read_text().splitlines()
+    write(cub / name, "\n".join([first, f"2 {first[2:]}", *others[1:]]) + "\n")
+    with pytest.raises(ValueError, match=rf"{name.split('/')[-1]}, line 2: .* a second time"): load_cub(cub)
+
+
+def test_features_of_files_can_be_learned_on_and_take_any_list(tmp_path, pixel_student):
+    picture(tmp_path / "a.png", (10, 20, 30), (8, 8))
+    x = file_features(pixel_student.train(), iter([tmp_path / "a.png"]), 8)
+    weights = torch.ones(3, requires_grad=True)
+    (x @ weights).sum().backward()
+    assert weights.grad.tolist() == [10, 20, 30] and not pixel_student.training
+    with pytest.raises(ValueError, match="batch_size=0"): file_features(pixel_student, [tmp_path / "a.png"], 8, batch_size=0)

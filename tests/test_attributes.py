@@ -386,3 +386,114 @@ def test_every_kind_of_scene_has_a_truth(kind):
 
     a = scene_attributes([random_scene(kind, Random(s)) for s in range(5)])
     assert a.values.shape == (5, len(a.names)) and (np.nansum(a.values, axis=1) >= 1).all()
+
+
+# ---- what numbers, groups, rows and pictures come as
+
+FORMS = {
+    "list": lambda x: x.tolist(), "float32": lambda x: x.astype(np.float32), "bfloat16": lambda x: torch.tensor(x).bfloat16(), "rows": lambda x: [torch.tensor(r, requires_grad=True) for r in x],
+    "gradient": lambda x: torch.tensor(x, requires_grad=True), "columns": np.asfortranarray, "read-only": lambda x: np.frombuffer(x.tobytes()).reshape(x.shape),
+}  # fmt: skip
+SCORED = {  # scores or features, truth
+    "average_precisions": average_precisions, "mean_average_precision": mean_average_precision, "map_interval": lambda s, t: [map_interval(s, t, range(12), minus=m, draws=20) for m in (None, s)],
+    "signature_scores": signature_scores, "linear_probe": lambda s, t: linear_probe(s, t, s), "attribute_scores": lambda s, t: attribute_scores(s, s),
+    "map_by_family": lambda s, t: map_by_family(s, Attributes(list("abc"), list("xxy"), t)), "taboo_prompts": lambda s, t: taboo_prompts(None, Attributes(list("abc"), list("xxy"), t), "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", SCORED)
+def test_numbers_may_come_in_any_form(name, form, rng):
+    scores, truth = rng.integers(-8, 9, size=(12, 3)) + 0.5, rng.integers(2, size=(12, 3)).astype(float)
+    truth[:2], truth[3, 1] = [[0] * 3, [1] * 3], NAN
+    wanted = SCORED[name](scores, truth)
+    got = SCORED[name](FORMS[form](scores), FORMS[form](truth))
+    if isinstance(wanted, np.ndarray): np.testing.assert_allclose(got, wanted, atol=1e-6)
+    else: assert got == wanted
+    missing = np.where(np.isnan(truth), None, truth).tolist()  # None is missing, too
+    assert repr(SCORED[name](scores.tolist(), missing)) == repr(SCORED[name](scores.tolist(), truth))
+
+
+@pytest.mark.parametrize("name", ["average_precisions", "mean_average_precision", "map_interval", "signature_scores", "linear_probe"])
+@pytest.mark.parametrize("wrong", [np.ones(12), [[1.0, 2.0], [3.0]], [["a"] * 3] * 12, np.full((12, 3), np.inf), np.ones((12, 3, 1))])
+def test_what_is_no_table_of_numbers_is_refused(name, wrong):
+    with pytest.raises(ValueError, match="expected|infinite"): SCORED[name](wrong, np.eye(12)[:, :3])
+    with pytest.raises(ValueError, match="expected|infinite|truth holds"): SCORED[name](np.eye(12)[:, :3], wrong)
+
+
+def test_labels_of_a_probe_are_checked(rng):
+    x = rng.normal(size=(8, 3))
+    for odd in (2.0, -1.0, 0.5):
+        truth = np.tile([[0.0], [1.0]], (4, 1))
+        truth[3] = odd
+        with pytest.raises(ValueError, match=f"truth holds {odd:g}; expected 0, 1"): linear_probe(x, truth, x)
+    with pytest.raises(ValueError, match=r"\(8, 3\), features \(8, 2\); use one encoder"): linear_probe(x, np.eye(8)[:, :1], x[:, :2])
+
+
+def test_a_draw_without_a_positive_is_left_out():
+    "One positive among six images: a third of the draws have none."
+    scores, truth = np.array([[5.0], [6], [4], [3], [2], [1]]), np.eye(6)[:, :1]
+    picks = np.random.default_rng(0).integers(6, size=(40, 6))
+    loop = [average_precision_score(truth[p, 0], scores[p, 0]) for p in picks if truth[p].any()]
+    assert 20 < len(loop) < 35
+    assert map_interval(scores, truth, range(6), draws=40) == pytest.approx(tuple(np.percentile(loop - np.mean(loop) + 0.5, [2.5, 97.5])))
+    unlucky = next(s for s in range(99) if not truth[np.random.default_rng(s).integers(6, size=6)].any())
+    with pytest.raises(ValueError, match="take more draws"): map_interval(scores, truth, range(6), draws=1, seed=unlucky)
+
+
+def test_an_interval_of_a_difference_needs_scores_of_both(rng):
+    truth = (rng.random((40, 3)) < 0.4).astype(float)
+    good, other = truth + rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
+    other[:, 0] = NAN  # the other model says nothing of it
+    assert map_interval(good, truth, range(40), minus=other) == map_interval(good[:, 1:], truth[:, 1:], range(40), minus=other[:, 1:])
+    for nothing in (np.zeros((40, 3)), np.full((40, 3), NAN)):
+        with pytest.raises(ValueError, match="none of 3 attributes"): map_interval(good, nothing, range(40))
+    with pytest.raises(ValueError, match="none of 3 attributes"): map_interval(good, truth, range(40), minus=np.full((40, 3), NAN))
+    with pytest.raises(ValueError, match="draws=0"): map_interval(good, truth, range(40), draws=0)
+
+
+def test_groups_are_names(rng):
+    truth, scores = (rng.random((12, 2)) < 0.5).astype(float), rng.normal(size=(12, 2))
+    wanted = map_interval(scores, truth, np.arange(12) // 2, draws=30)
+    for groups in ([("a", i // 2) for i in range(12)], iter([i // 2 for i in range(12)]), torch.arange(12) // 2, ["cafe\u0301" if i == 1 else "caf\u00e9" if i == 0 else "x" + str(i // 2) for i in range(12)]):
+        assert map_interval(scores, truth, groups, draws=30) == wanted
+    assert map_interval(scores, truth, ["a" + "\0" * i for i in range(12)], draws=30) == map_interval(scores, truth, range(12), draws=30)
+
+
+@pytest.mark.parametrize("rows", [(1, 4, 5, 9), [1, 4, 5, 9], torch.tensor([1, 4, 5, 9]), np.isin(np.arange(10), [1, 4, 5, 9])])
+def test_rows_of_a_table_are_numbers_or_a_mask(rows, rng):
+    a, scores = small_attributes(np.tile([[0.0], [1.0]], (5, 3))), rng.normal(size=(4, 3))
+    assert map_by_family(scores, a, rows) == map_by_family(scores, a._replace(values=a.values[[1, 4, 5, 9]]))
+    with pytest.raises(ValueError, match=r"rows=\[10\]; expected numbers of rows, from 0 to 9"): map_by_family(scores[:1], a, [10])
+
+
+def test_an_unnamed_family_counts_among_all(rng):
+    a, scores = Attributes(list("ab"), ["", "x"], np.tile([[0.0], [1.0]], (4, 2))), rng.normal(size=(8, 2))
+    result = map_by_family(scores, a)
+    assert list(result) == ["", "x", "all"] and result["all"].scored == 2
+
+
+def test_a_family_that_is_not_there_is_named():
+    a = small_attributes([[1, 1, 0], [0, NAN, 0]])
+    with pytest.raises(ValueError, match=r"no family 'color'; there are \['coat', 'colour', 'habit'\]"): taboo_prompts(None, a, ["color"])
+    assert taboo_prompts(iter(["{}", "$x"]), a, "colour") == ["{}, red", "$x"]
+
+
+@pytest.mark.parametrize("images", [np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 4), np.uint8), np.zeros((2, 8, 8), np.uint8), np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), int)])
+def test_pictures_of_another_shape_or_type_are_refused(images):
+    for function in (colour_shares, dominant_colours):
+        with pytest.raises(ValueError, match=r"expected uint8 \(n, h, w, 3\)"): function(images)
+
+
+def test_pictures_may_be_tensors_and_smaller_than_a_step():
+    image = np.array([[[PATCHES["green"]]]], np.uint8)
+    assert dominant_colours(torch.from_numpy(image)).tolist() == dominant_colours(image).tolist() == [[n == "green" for n in COLOUR_NAMES]]
+    with pytest.raises(ValueError, match="step=0"): colour_shares(image, step=0)
+
+
+def test_attributes_of_drawings_in_any_script():
+    names = [f"caf{'e' + chr(0x301) if i % 2 else chr(0xe9)} {i}" for i in range(8)]
+    pairs = Pairs(np.zeros((8, 4, 4, 3), np.uint8), names, [f"b{i}" for i in range(8)], ["Drinks\u00a0", "Drinks"] * 4, [None, float("nan")] * 4)
+    a = openmoji_attributes(pairs, np.ones(8, bool))
+    assert list(zip(a.names, a.families))[:2] == [("drinks", "category"), ("caf\u00e9", "word")] and a.values[:, :2].all() and len(a.names) == 10
+    with pytest.raises(ValueError, match="train="): openmoji_attributes(pairs, [8])

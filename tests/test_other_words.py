@@ -325,3 +325,82 @@ def test_the_results_are_drawn_with_intervals_over_seeds(tmp_path):
     plt.close(ax.figure)
     with pytest.raises(ValueError, match="make study"):
         plot_precisions(lines, split="train")
+
+
+# ---- what comes in from outside
+
+
+@pytest.mark.parametrize("text, said", [("", "is empty"), ("🚗 car <small>(auto)</small>\n\n", "other lines"), ("🚗\n", "other lines"), ("🚗 car\n".encode("utf-16"), "is empty")])
+def test_keywords_that_are_damaged_are_named(monkeypatch, tmp_path, text, said):
+    from importlib.machinery import ModuleSpec
+
+    spec = ModuleSpec("picker", None, is_package=True)
+    spec.submodule_search_locations.append(str(tmp_path))
+    monkeypatch.setattr(module, "find_spec", lambda name: spec)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "emojis_a.csv").write_text("\ufeff🚗 car <small>(auto, motor car)</small>\n🏠 house\n", encoding="utf-8")  # with a byte order mark
+    assert load_keywords() == {"🚗": ["auto", "motor car"], "🏠": []}
+    (tmp_path / "data" / "emojis_b.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"emojis_b.csv.*{said}.*pip install --force-reinstall"): load_keywords()
+
+
+@pytest.mark.parametrize("hyphen", "-\u2010\u2011\u00ad")
+def test_words_with_any_hyphen_are_known_without_it(hyphen):
+    assert other_words([f"E{hyphen}mail", "red"], ["1", "2"], {"1": ["email", "yacht"]}).words == ["yacht"]
+
+
+def test_captions_in_two_spellings_take_the_same_queries_away():
+    for caption in ("Ｙａｃｈｔ", "YACHTS", "ya\u200bcht", "yacht\u00a0club"):
+        assert other_words([caption], ["1"], {"1": ["yacht", "ｓｈｉｐ", "SHIP "], "2": ["x"]}).words == ["ship"], caption
+
+
+FORMS = {
+    "list": lambda x: x.tolist(), "bfloat16": lambda x: torch.tensor(x).bfloat16(), "gradient": lambda x: torch.tensor(x, requires_grad=True),
+    "rows": lambda x: [torch.tensor(r) for r in x], "half": lambda x: x.astype(np.float16), "columns": np.asfortranarray,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_features_and_right_answers_may_come_in_any_form(form, rng):
+    q, c = rng.integers(-8, 9, size=(4, 5)) + 0.5, rng.integers(-8, 9, size=(6, 5)) + 0.5
+    right = np.eye(4, 6, dtype=bool)
+    queries, given = Queries(list("abcd"), right), right.astype(int).tolist() if form == "list" else torch.tensor(right) if form == "rows" else right
+    for key, value in score_queries(q, c, right).items():
+        np.testing.assert_allclose(score_queries(FORMS[form](q), FORMS[form](c), given)[key], value)
+    wanted = other_words_scores(q, c, queries, [0, 2, 3], [0, 2, 5], {"a"})
+    for rows, candidates in (((0, 2, 3), np.array([1, 0, 1, 0, 0, 1], bool)), (torch.tensor([0, 2, 3]), iter([0, 2, 5])), ([True, False, True, True], (0, 2, 5))):
+        assert other_words_scores(FORMS[form](q), FORMS[form](c), Queries(list("abcd"), given), rows, candidates, iter("a")) == wanted
+    np.testing.assert_array_equal(ranked_pictures(FORMS[form](q), FORMS[form](c), (5, 0, 2)), ranked_pictures(q, c, np.array([5, 0, 2])))
+    assert [p.tolist() for p in split_queries(Queries(list("abcd"), given))] == [p.tolist() for p in split_queries(queries)]
+    for key, value in chance_scores(right).items(): np.testing.assert_array_equal(chance_scores(given)[key], value)
+
+
+def test_rows_and_features_that_are_not_there_are_named(rng):
+    q, c, queries = rng.normal(size=(4, 5)), rng.normal(size=(6, 5)), Queries(list("abcd"), np.eye(4, 6, dtype=bool))
+    for rows, candidates, said in (([4], [0], r"rows=\[4\].*0 to 3"), ([0], [6], r"candidates=\[6\].*0 to 5"), ([0.0], [0], "rows="), ([], [0], "no query")):
+        with pytest.raises(ValueError, match=said): other_words_scores(q, c, queries, rows, candidates, ())
+    with pytest.raises(ValueError, match=r"3 query features, 6 candidate features; expected \(4, 6\)"): other_words_scores(q[:3], c, queries, [0], [0], ())
+    with pytest.raises(ValueError, match=r"candidates=\[9\]"): ranked_pictures(q, c, [9])
+    with pytest.raises(ValueError, match="a right answer in each row"): chance_scores(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="right holds other values"): score_queries(q, c, np.full((4, 6), NAN))
+
+
+def test_asked_words_are_compared_as_text():
+    scores = {k: [1.0, 0.0, 0.5] for k in ("ap", "r1", "r5", "rank")}
+    words = ["cafe\u0301", "a", "a\0"]
+    assert [(line["asked"], line["n"]) for line in score_lines(scores, words, ["caf\u00e9"])] == [("yes", 1), ("no", 2), ("all", 3)]
+    assert [(line["asked"], line["n"]) for line in score_lines(scores, words, np.array(["a"]))] == [("yes", 1), ("no", 2), ("all", 3)]
+    with pytest.raises(ValueError, match="2 words for"): score_lines(scores, ["a", "b"], ())
+
+
+def test_names_of_students_are_no_formulas(tmp_path):
+    lines = [dict(student=name, split="test", asked="all", scope="seen", ap="0.1") for name in ("costs $5 or $6", "a_$b$")]
+    ax = plot_precisions(iter(lines))
+    ax.figure.canvas.draw()
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["costs $5 or $6", "a_$b$"] and not any(t.get_parse_math() for t in ax.get_yticklabels())
+    plt.close(ax.figure)
+
+
+@pytest.mark.parametrize("words, found, right", [([], {}, []), (["a"], {}, [[1, 0]]), (["a"], {"x": [[0, 1]]}, [[0, 0]])])
+def test_a_picture_of_nothing_is_refused(words, found, right):
+    with pytest.raises(ValueError, match="expected a query, a student, and a right picture"): plot_queries(words, found, right, np.zeros((2, 4, 4, 3), np.uint8))
