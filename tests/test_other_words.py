@@ -4,7 +4,7 @@ import csv
 import hashlib
 import re
 import sys
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -300,10 +300,13 @@ def test_rows_that_do_not_belong_together_are_refused():
         plot_queries(["a", "b"], {"x": np.zeros((2, 5), int)}, np.ones((1, 8), bool), np.zeros((8, 4, 4, 3), np.uint8))
 
 
+OFFSETS = {key: 0.001 * i for i, key in enumerate(product(("test", "validation"), ("seen", "heldout"), ("all", "yes", "no")))}  # each line is its own
+
+
 def made_up(tmp_path):
     "A small results/other_words.csv."
     path = tmp_path / "other_words.csv"
-    lines = [dict(student=name, seed=seed, split=split, scope=scope, asked=asked, ap=level + 0.01 * seed, r1=0, r5=0, median_rank=9, n=10, settings_hash="x")
+    lines = [dict(student=name, seed=seed, split=split, scope=scope, asked=asked, ap=level + 0.01 * seed + OFFSETS[split, scope, asked], r1=0, r5=0, median_rank=9, n=10, settings_hash="x")
              for name, level, seeds in (("CLIP", 0.02, 3), ("KKLIP", 0.1, 3), ("teacher", 0.25, 1)) for seed in range(seeds)
              for split in ("validation", "test") for scope in ("seen", "heldout") for asked in ("yes", "no", "all")]  # fmt: skip
     with open(path, "w", newline="") as file:
@@ -404,3 +407,65 @@ def test_names_of_students_are_no_formulas(tmp_path):
 @pytest.mark.parametrize("words, found, right", [([], {}, []), (["a"], {}, [[1, 0]]), (["a"], {"x": [[0, 1]]}, [[0, 0]])])
 def test_a_picture_of_nothing_is_refused(words, found, right):
     with pytest.raises(ValueError, match="expected a query, a student, and a right picture"): plot_queries(words, found, right, np.zeros((2, 4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("options, level", [({}, 0), (dict(split="validation"), 0.6), (dict(asked="yes"), 0.1), (dict(split="validation", asked="no"), 0.8)])
+def test_the_lines_of_one_part_and_one_kind_are_drawn(tmp_path, options, level):
+    with open(made_up(tmp_path), encoding="utf-8", newline="") as file: lines = list(csv.DictReader(file))
+    ax = plot_precisions(lines, **options)
+    drawn = {(c.get_label(), round(float(c.lines[0].get_xdata()[0]), 6), round(float(c.lines[0].get_ydata()[0]), 6)) for c in ax.containers}
+    assert drawn == {(f"{scope} pictures", round(mean + level + more, 6), round(row + place, 6))
+                     for row, mean in enumerate((3, 11, 25)) for scope, more, place in (("seen", 0, -0.1), ("heldout", 0.3, 0.1))}  # fmt: skip
+    plt.close(ax.figure)
+
+
+def test_the_picture_beside_a_word_and_the_ticks_are_of_right_ones():
+    images = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    right = np.zeros((2, 8), bool)
+    right[0, [2, 5]], right[1, 7] = True, True
+    figure = plot_queries(["a", "b"], {"x": np.array([[0, 1, 5, 2, 3], [1, 2, 3, 4, 5]]), "y": np.array([[4, 0, 1, 3, 6], [7, 2, 3, 4, 5]])}, right, images)
+    ax, shown = figure.axes[0], {}
+    for image in ax.images: shown[tuple(np.round(image.get_extent()[::3], 2))] = int(image.get_array()[0, 0, 0])
+    rows = [[number for (_, top), number in sorted(shown.items()) if top == place] for place in (0, 1.15)]
+    assert rows == [[2, 0, 1, 5, 2, 3, 4, 0, 1, 3, 6], [7, 1, 2, 3, 4, 5, 7, 2, 3, 4, 5]]
+    framed = sorted((round(p.get_y(), 2), shown[round(p.get_x(), 2), round(p.get_y(), 2)]) for p in ax.patches)
+    assert framed == [(0, 2), (0, 5), (1.15, 7)] and [t.get_text() for t in ax.texts if t.get_text() in ("1", "3", "> 5")] == ["3", "> 5", "> 5", "1"]
+    plt.close(figure)
+
+
+# ---- the rules of the filter, one by one
+
+
+@pytest.mark.parametrize("caption, keyword, asked", [
+    ("red bus", "busmen", True), ("red bus men", "busmen", False), ("a fir and a tree", "firtree", False), ("ax man", "axman", True), ("car go", "cargo", True), ("tea pot", "teapots", True),
+    ("tea pots", "teapots", False), ("bakers", "bake", False), ("baker", "bakes", False), ("x", "ab cdefg", False), ("old", "old boat", False), ("boat", "old boats", False), ("x", "old boats", True),
+])  # fmt: skip
+def test_what_a_caption_says_is_not_asked(caption, keyword, asked):
+    assert (other_words([caption], ["1"], {"1": [keyword]}).words == [keyword]) == asked
+
+
+@pytest.mark.parametrize("count, kept", [(1, True), (6, True), (7, False)])
+def test_a_query_fits_six_pictures_at_most(count, kept):
+    emojis = [str(i) for i in range(8)]
+    got = other_words(["x"] * 8, emojis, {e: ["yacht"] for e in emojis[8 - count:]})
+    assert got.words == ["yacht"] * kept and got.right.tolist() == [[i >= 8 - count for i in range(8)]] * kept
+
+
+def test_the_share_of_validation_counts_queries_not_groups():
+    "Ten pictures of ten queries each: three groups fit into 35 %, and which three is the seed's choice."
+    right = np.repeat(np.eye(10, dtype=bool), 10, axis=0)
+    queries = Queries([f"{i:03}" for i in range(100)], right)
+    for seed in (0, 3):
+        val, test = split_queries(queries, seed)
+        wanted = sorted(np.random.default_rng(seed).permutation(10)[:3])
+        assert sorted({*(val // 10)}) == wanted and len(val) == 30 and len(test) == 70
+    assert (split_queries(queries)[0] == split_queries(queries, 0)[0]).all()
+    assert (split_queries(queries, 3)[0] != split_queries(queries, 0)[0]).any()
+
+
+@pytest.mark.parametrize("name", ["query", "candidate"])
+def test_the_length_of_features_changes_no_score(name, rng):
+    q, c, right = rng.normal(size=(5, 3)), rng.normal(size=(9, 3)), np.eye(5, 9, dtype=bool)
+    other = (q * [[1], [9], [0.1], [50], [3]], c) if name == "query" else (q, c * np.arange(1, 10)[:, None] ** 3)
+    for key, value in score_queries(q, c, right).items(): np.testing.assert_allclose(score_queries(*other, right)[key], value)
+    assert (ranked_pictures(*other, range(9)) == ranked_pictures(q, c, range(9))).all()
