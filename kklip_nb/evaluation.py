@@ -235,7 +235,7 @@ def uniformity(
     squared = np.maximum(2 - 2 * (x @ x.T)[np.triu_indices(len(x), 1)], 0)
     return float(np.log(np.exp(-t * squared).mean()))
 
-# %% ../nbs/07_evaluation.ipynb #7b0c91e4
+# %% ../nbs/07_evaluation.ipynb #5ev00061
 def _row_numbers(name: str, rows: Any, n: int) -> np.ndarray:
     "Rows as whole numbers, from these or a mask of n booleans."
     rows = as_array(rows if hasattr(rows, "__len__") else [*rows])
@@ -249,6 +249,7 @@ def _with_class(classes: Sequence, *parts: np.ndarray) -> list[list[int]]:
     "The rows of each part whose class is known."
     return [[i for i in rows if classes[i] is not None] for rows in parts]
 
+# %% ../nbs/07_evaluation.ipynb #7b0c91e4
 def item_scores(
     image_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
     text_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
@@ -272,7 +273,7 @@ def item_scores(
     items |= {f"{way}_median_rank": first_place(s, right) for way, (s, right) in ways}
     train, known = _with_class(classes, train, test)
     if not known: return items
-    names, truth = sorted({*classes} - {None}), [classes[i] for i in known]
+    names, truth = sorted({*classes} - {None}, key=str), [classes[i] for i in known]
     items["zero_shot"] = zero_shot_hits(images[known], class_features(encode, names), names, truth)
     for kind, x in (("image", images), ("text", texts)) if train else ():
         items[f"knn_{kind}"] = knn_hits(x[train], [classes[i] for i in train], x[known], truth)

@@ -216,10 +216,10 @@ def test_chance_is_the_mean_over_all_orders(m, positives):
 
 
 def test_chance_of_many_candidates(rng):
-    right = rng.random((400, 300)) < 0.01
+    right = rng.random((150, 300)) < 0.01
     right[:, 0] = True
-    guess, drawn = chance_scores(right), score_queries(rng.normal(size=(400, 32)), rng.normal(size=(300, 32)), right)
-    for k, v in guess.items(): assert drawn[k].mean() == pytest.approx(v.mean(), abs=4 * drawn[k].std() / 20)
+    guess, drawn = chance_scores(right), score_queries(rng.normal(size=(150, 32)), rng.normal(size=(300, 32)), right)
+    for k, v in guess.items(): assert drawn[k].mean() == pytest.approx(v.mean(), abs=4 * drawn[k].std() / 150**0.5)
 
 
 @pytest.mark.parametrize("q, c, right, said", [
@@ -258,10 +258,10 @@ def test_the_teacher_is_far_above_chance_and_a_shuffled_one_is_not(queries, pair
     train = split_by_base(pairs.bases, 0).train
     of_queries, of_captions = (load_embeddings(folder / f"{name}-last-29-prompt.safetensors", texts) for name, texts in (("queries", queries.words), ("pairs", pairs.captions)))
     q, c = (standardise(x, of_captions[train].mean(0)) for x in (of_queries, of_captions))
-    everything, rows = np.arange(len(c)), np.arange(len(q))
+    everything, rows = np.arange(len(c)), np.arange(0, len(q), 4)
     asked = load_words(10000, {*pairs.bases, *pairs.captions})
     lines = other_words_scores(q, c, queries, rows, everything, asked)
-    assert [line["n"] for line in lines][-1] == len(q) and min(line["n"] for line in lines) > 0.4 * len(q)  # about half were asked about
+    assert [line["n"] for line in lines][-1] == len(rows) and min(line["n"] for line in lines) > 0.4 * len(rows)  # about half were asked about
     assert all(0.15 < line["ap"] < 0.35 for line in lines)
     chance = score_lines(chance_scores(queries.right), queries.words, asked)[-1]
     shuffled = other_words_scores(q[rng.permutation(len(q))], c, queries, rows, everything, asked)[-1]
