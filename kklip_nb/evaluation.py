@@ -9,8 +9,9 @@ __all__ = ['TEMPLATES', 'hits_at_k', 'first_place', 'retrieval_recall', 'median_
 
 # %% ../nbs/07_evaluation.ipynb #329c81e2
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,15 @@ from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
 from .data import fold_caption
-from .tools import finite_matrix
+from .tools import as_array, finite_matrix, finite_numbers, same_ids
 
 # %% ../nbs/07_evaluation.ipynb #c3091a64
 def _unit_rows(name: str, features: Any) -> np.ndarray:
     "(n, d) float64 rows of length one, or a ValueError that says what was given."
     x = finite_matrix(name, features)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    x = np.ldexp(x, -np.frexp(abs(x).max(1, keepdims=True))[1])  # else a square may leave the range
+    lengths = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(lengths == 0, 1, lengths)
 
 # %% ../nbs/07_evaluation.ipynb #1ad9732d
 def _hit_chance(places: int, ties: int, good: int) -> float:
@@ -35,9 +38,24 @@ def _hit_chance(places: int, ties: int, good: int) -> float:
     return 1.0 - math.comb(ties - good, places) / math.comb(ties, places)
 
 # %% ../nbs/07_evaluation.ipynb #82fc207c
+def _booleans(name: str, values: Any) -> np.ndarray:
+    "Booleans, from these or from 0 and 1."
+    try: array = as_array(values)
+    except ValueError as error: raise ValueError(f"{name}: {error}; expected booleans") from error
+    if array.dtype != bool and not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} holds other values than 0 and 1; expected booleans")
+    return array.astype(bool)
+
+def _count(name: str, value: Any) -> int:
+    "A whole number of at least 1."
+    try:
+        if int(value) == value >= 1: return int(value)
+    except (TypeError, ValueError, OverflowError): pass
+    raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
+
 def _ties(similarities: Any, right: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "For each query: candidates above its best right answer, as good as it, and right among these."
-    scores, right = finite_matrix("similarities", similarities), np.asarray(right, bool)
+    scores, right = finite_matrix("similarities", similarities), _booleans("right", right)
     if scores.shape != right.shape or not right.any(1).all():
         raise ValueError(f"similarities {scores.shape} and right {right.shape}; "
                          "expected one shape, and a right answer in each row")
@@ -52,7 +70,7 @@ def hits_at_k(
     k: int,  # how many candidates are looked at
 ) -> np.ndarray:  # (n,) in 0 … 1
     "Chance that a right answer is among the first k, ties being put in random order."
-    counts = zip(*_ties(similarities, right))
+    k, counts = _count("k", k), zip(*_ties(similarities, right))
     return np.array([_hit_chance(k - above, ties, good) for above, ties, good in counts])
 
 # %% ../nbs/07_evaluation.ipynb #0993dba8
@@ -79,15 +97,30 @@ def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
     return np.round(images @ texts.T, 10)
 
 # %% ../nbs/07_evaluation.ipynb #91eed7d4
-def _right_answers(n: int, text_ids: Sequence | None) -> np.ndarray:
+def _as_read(name: Any) -> Any:
+    "A text composed and with single spaces; a table's NaN or NA as None; others as they are."
+    if isinstance(name, str): return " ".join(unicodedata.normalize("NFC", name).split())
+    missing = isinstance(name, float) and name != name or type(name).__name__ == "NAType"
+    return None if missing else name
+
+def _name_numbers(*columns: Iterable) -> list[np.ndarray]:
+    "Names that read the same as equal numbers over all columns; numbers rise with the names."
+    columns = [[_as_read(n) for n in names] for names in columns]
+    ids = same_ids(*columns)
+    names = dict(zip(chain(*ids), chain(*columns)))
+    try: order = sorted(names, key=names.get)
+    except TypeError: order = sorted(names, key=lambda i: repr(names[i]))  # None beside text
+    rank = np.argsort(order)
+    return [rank[i] for i in ids]
+
+def _right_answers(n: int, text_ids: Iterable | None) -> np.ndarray:
     "(n, n) booleans: is text j a right answer to image i?"
     if text_ids is None: return np.eye(n, dtype=bool)
-    if len(text_ids) != n:
-        raise ValueError(f"{len(text_ids)} text_ids for {n} pairs; expected one a pair")
-    ids = np.asarray([str(i) for i in text_ids])
+    (ids,) = _name_numbers(text_ids)
+    if len(ids) != n: raise ValueError(f"{len(ids)} text_ids for {n} pairs; expected one a pair")
     return ids[:, None] == ids
 
-def _both_ways(image_features: Any, text_features: Any, text_ids: Sequence | None = None) -> dict:
+def _both_ways(image_features: Any, text_features: Any, text_ids: Iterable | None = None) -> dict:
     "Similarities and right answers: of images that look for texts, of texts that look for images."
     similarities = _similarities(image_features, text_features)
     right = _right_answers(len(similarities), text_ids)
@@ -101,8 +134,8 @@ def retrieval_recall(
     text_ids: Sequence | None = None,  # n ids: rows with equal ids are right answers for each other
 ) -> dict[str, float]:  # i2t_r1, t2i_r1, …
     "Share of queries with a right answer among the k most similar; a tie counts its expectation."
-    if any(int(k) != k or k < 1 for k in ks):
-        raise ValueError(f"ks={tuple(ks)}; expected whole numbers of at least 1")
+    if not isinstance(ks, Iterable): raise ValueError(f"ks={ks!r}; expected several, as (1, 5)")
+    ks = [_count("k", k) for k in ks]
     ways = _both_ways(image_features, text_features, text_ids).items()
     return {f"{way}_r{k}": float(hits_at_k(s, right, min(k, len(s))).mean())
             for way, (s, right) in ways for k in ks}
@@ -127,8 +160,16 @@ def class_features(
     templates: Sequence[str] = TEMPLATES,  # the class name stands for {}
 ) -> np.ndarray:  # (classes, d) rows of length one
     "CLIP's classifier without training: the mean text feature of each class over several prompts."
-    prompts = ([t.format(c) for c in classes] for t in templates)
+    classes, templates = [*map(str, classes)], [*templates]
+    if not (classes and templates): raise ValueError("no classes or no templates; give one of each")
+    if bad := [t for t in templates if "{}" not in str(t)]:
+        raise ValueError(f"template {bad[0]!r} has no {{}} where the class name would stand; "
+                         "expected texts such as 'a drawing of {}'")
+    prompts = ([t.replace("{}", c) for c in classes] for t in templates)
     per_template = [_unit_rows("text features", encode(p)) for p in prompts]
+    if {len(x) for x in per_template} != {len(classes)}:
+        raise ValueError(f"encode gave {[*map(len, per_template)]} rows, a number a template; "
+                         f"expected {len(classes)}, one a class")
     return _unit_rows("class features", np.mean(per_template, axis=0))
 
 # %% ../nbs/07_evaluation.ipynb #cf1cb663
@@ -141,12 +182,17 @@ def zero_shot_hits(
     "Which images are classified rightly by class names alone; a tie counts its expectation."
     images = _unit_rows("image_features", image_features)
     texts = _unit_rows("text_classifier", text_classifier)
+    classes, truth = [*classes], [*truth]
     wanted = len(classes), images.shape[1]
     if len(truth) != len(images):
         raise ValueError(f"{len(truth)} true classes for {len(images)} images; expected one each")
     if texts.shape != wanted:
         raise ValueError(f"text_classifier has shape {texts.shape}; expected {wanted}")
-    right = np.asarray(truth)[:, None] == np.asarray(classes)
+    names, true = _name_numbers(classes, truth)
+    right = true[:, None] == names
+    if not right.any(1).all():
+        raise ValueError(f"{truth[np.argmin(right.any(1))]!r} is a true class, but not in classes; "
+                         "expected all of them there")
     return hits_at_k(np.round(images @ texts.T, 10), right, 1)
 
 # %% ../nbs/07_evaluation.ipynb #cd5f68aa
@@ -159,13 +205,15 @@ def knn_hits(
 ) -> np.ndarray:  # (n,) 1.0 where the vote is right
     "How good one encoder alone is: the nearest training rows vote, each by 1 / cosine distance."
     train, test = _unit_rows("train_features", train_features), _unit_rows("features", features)
-    for rows, names in ((train, train_classes), (test, classes)):
+    votes, truth = _name_numbers(train_classes, classes)
+    for rows, names in ((train, votes), (test, truth)):
         if len(rows) != len(names):
             raise ValueError(f"{len(names)} classes for {len(rows)} rows; expected one each")
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"train_features {train.shape}, features {test.shape}; use one encoder")
     how = dict(metric="cosine", algorithm="brute", weights="distance")
-    knn = KNeighborsClassifier(min(neighbours, len(train)), **how)
-    knn.fit(train, np.asarray(train_classes))
-    return (knn.predict(test) == np.asarray(classes)).astype(float)
+    knn = KNeighborsClassifier(min(_count("neighbours", neighbours), len(train)), **how)
+    return (knn.fit(train, votes).predict(test) == truth).astype(float)
 
 # %% ../nbs/07_evaluation.ipynb #ac6744c8
 def alignment(
@@ -187,6 +235,20 @@ def uniformity(
     squared = np.maximum(2 - 2 * (x @ x.T)[np.triu_indices(len(x), 1)], 0)
     return float(np.log(np.exp(-t * squared).mean()))
 
+# %% ../nbs/07_evaluation.ipynb #5ev00061
+def _row_numbers(name: str, rows: Any, n: int) -> np.ndarray:
+    "Rows as whole numbers, from these or a mask of n booleans."
+    rows = as_array(rows if hasattr(rows, "__len__") else [*rows])
+    if rows.shape == (n,) and rows.dtype == bool: return np.flatnonzero(rows)
+    if rows.shape == (0,): return rows.astype(int)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < -n or rows.max() >= n:
+        raise ValueError(f"{name}={rows}; expected numbers of rows, from 0 to {n - 1}")
+    return rows
+
+def _with_class(classes: Sequence, *parts: np.ndarray) -> list[list[int]]:
+    "The rows of each part whose class is known."
+    return [[i for i in rows if classes[i] is not None] for rows in parts]
+
 # %% ../nbs/07_evaluation.ipynb #7b0c91e4
 def item_scores(
     image_features: np.ndarray | torch.Tensor,  # (n, d) of all pairs
@@ -196,17 +258,24 @@ def item_scores(
     train: np.ndarray,  # rows that the neighbours come from
     test: np.ndarray,  # rows that are scored
 ) -> dict[str, np.ndarray]:  # one number a test row; zero_shot, knn_*: one a row with a class
-    "Hits and ranks of one student on one part of the split, item by item."
+    """Hits and ranks of one student on one part of the split, item by item.
+
+    Where no scored pair, or no voter, has a class, zero_shot or knn_* is left out."""
     images = _unit_rows("image_features", image_features)
     texts = _unit_rows("text_features", text_features)
+    classes = [*map(_as_read, classes)]
+    if len(classes) != len(images):
+        raise ValueError(f"{len(classes)} classes for {len(images)} pairs; expected one a pair")
+    train, test = (_row_numbers(*x, len(images)) for x in (("train", train), ("test", test)))
     ways = _both_ways(images[test], texts[test]).items()
     items = {f"{way}_r{k}": hits_at_k(s, right, min(k, len(s)))
              for way, (s, right) in ways for k in (1, 5, 10)}
     items |= {f"{way}_median_rank": first_place(s, right) for way, (s, right) in ways}
-    train, known = ([i for i in rows if classes[i] is not None] for rows in (train, test))
-    names, truth = sorted({c for c in classes if c is not None}), [classes[i] for i in known]
+    train, known = _with_class(classes, train, test)
+    if not known: return items
+    names, truth = sorted({*classes} - {None}, key=str), [classes[i] for i in known]
     items["zero_shot"] = zero_shot_hits(images[known], class_features(encode, names), names, truth)
-    for kind, x in (("image", images), ("text", texts)):
+    for kind, x in (("image", images), ("text", texts)) if train else ():
         items[f"knn_{kind}"] = knn_hits(x[train], [classes[i] for i in train], x[known], truth)
     return items
 
@@ -217,7 +286,8 @@ def evaluate(
     "All metrics of one student on one part of the split."
     items = item_scores(image_features, text_features, encode, classes, train, test)
     scores = {k: np.median(v) if k.endswith("median_rank") else v.mean() for k, v in items.items()}
-    images, texts = (x[test] for x in _unit_pairs(image_features, text_features))
+    images, texts = _unit_pairs(image_features, text_features)
+    images, texts = (x[_row_numbers("test", test, len(x))] for x in (images, texts))
     scores |= dict(uniformity_image=uniformity(images), uniformity_text=uniformity(texts))
     scores["alignment"] = alignment(images, texts)
     return {k: float(v) for k, v in scores.items()}
@@ -229,23 +299,18 @@ def chance_levels(
     train: np.ndarray | None = None,  # rows that the neighbours come from; if None, no level
 ) -> dict[str, float]:
     "What guessing gives on the same rows: any order, any class name, any training row's class."
-    n, names = len(test), {c for c in classes if c is not None}
+    classes = [*map(_as_read, classes)]
+    test = _row_numbers("test", test, len(classes))
+    train = _row_numbers("train", () if train is None else train, len(classes))
+    if not len(test): raise ValueError("no rows to score; expected at least one in test")
+    n, (voters, scored) = len(test), _with_class(classes, train, test)
     levels = {f"{way}_r{k}": min(1.0, k / n) for way in ("i2t", "t2i") for k in (1, 5, 10)}
     levels |= {f"{way}_median_rank": (n + 1) / 2 for way in ("i2t", "t2i")}
-    levels["zero_shot"] = 1 / len(names)
-    if train is None: return levels
-    voters, scored = ([classes[i] for i in x if classes[i] is not None] for x in (train, test))
-    share = float((np.array(voters)[:, None] == np.array(scored)).mean())
+    if scored: levels["zero_shot"] = 1 / len({*classes} - {None})
+    if not (voters and scored): return levels
+    (names,) = _name_numbers(classes)
+    share = float((names[voters][:, None] == names[scored]).mean())
     return levels | dict.fromkeys(("knn_image", "knn_text"), share)
-
-# %% ../nbs/07_evaluation.ipynb #7c73ca67
-def _finite_numbers(values: Any) -> np.ndarray:
-    "(n,) float64, from numbers, booleans or a tensor."
-    if isinstance(values, torch.Tensor): values = values.detach().cpu().double()
-    x = np.asarray(values, float)
-    if x.ndim != 1 or not x.size:
-        raise ValueError(f"values have shape {x.shape}; expected (n,), n not 0")
-    return finite_matrix("values", x[None])[0]
 
 # %% ../nbs/07_evaluation.ipynb #5ev00042
 def bootstrap_interval(
@@ -255,11 +320,10 @@ def bootstrap_interval(
     draws: int = 2000,  # resamples
 ) -> tuple[float, float]:  # 95 % interval of the mean
     "What the mean could have been with other test items: resamples items, or whole groups of them."
-    values = _finite_numbers(values)
-    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
-    if len(groups) != len(values):
-        raise ValueError(f"{len(groups)} groups for {len(values)} values; expected one each")
-    _, group = np.unique(groups, return_inverse=True)
+    values, draws = finite_numbers("values", values), _count("draws", draws)
+    (group,) = _name_numbers(range(len(values)) if groups is None else groups)
+    if len(group) != len(values):
+        raise ValueError(f"{len(group)} groups for {len(values)} values; expected one each")
     sums, counts = np.bincount(group, values), np.bincount(group)
     picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     return tuple(np.percentile(sums[picks].sum(1) / counts[picks].sum(1), [2.5, 97.5]).tolist())
@@ -269,8 +333,8 @@ def seed_interval(
     values: Sequence[float],  # one number a seed, or one paired difference a seed; at least 2
 ) -> tuple[float, float]:  # mean, half width of the 95 % interval
     "Mean over seeds with Student's t interval: what other seeds could have given."
+    values = finite_numbers("values", values)
     if len(values) < 2: raise ValueError(f"{len(values)} seed gives no interval; run at least 2")
-    values = _finite_numbers(values)
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 # %% ../nbs/07_evaluation.ipynb #7b0c91fc
@@ -279,15 +343,19 @@ def seed_table(
     columns: Mapping[str, str],  # column of the file → its name in the table
 ) -> str:  # Markdown; a column that the file has not for both is left out
     "CLIP and KKLIP on OpenMoji: mean ± half width over seeds, and the paired difference in points."
-    lines = []
+    lines, runs = [], [*runs]
+    if missing := sorted({"dataset", "row", "seed"} - {*runs[0]}) if runs else []:
+        raise ValueError(f"runs without {', '.join(missing)}; give lines of results/study.csv")
     for column, name in columns.items():
         values = {(r["row"], r["seed"]): float(r[column]) * (1 if "rank" in column else 100)
-                  for r in runs if r["dataset"] == "openmoji" and r.get(column)}
+                  for r in runs if r["dataset"] == "openmoji"
+                  and _as_read(r.get(column)) not in (None, "")}
         seeds = [s for row, s in values if row == "CLIP" and ("KKLIP", s) in values]
         if len(seeds) < 2: continue
         clip, kklip = (np.array([values[row, s] for s in seeds]) for row in ("CLIP", "KKLIP"))
         cells = "{:.1f} ± {:.1f} | {:.1f} ± {:.1f} | {:+.1f} ± {:.1f}".format(
             *seed_interval(clip), *seed_interval(kklip), *seed_interval(kklip - clip))
+        name = name.replace("|", r"\|")  # else the name ends there
         lines.append(f"| {name} | {cells} | {len(seeds)} |")
     head = ["| | CLIP | KKLIP | KKLIP − CLIP | seeds |", "|---|---|---|---|---|"]
     return "\n".join(head + lines) if lines else ""
@@ -298,7 +366,8 @@ def words_seen(
     known: Sequence[str],  # the captions that were trained on
 ) -> np.ndarray:  # (n,) 'none', 'some' or 'all'
     "How many of a caption's words stand in any of the known captions; letter case does not count."
-    def words(text): return set(re.findall(r"\w+", fold_caption(text)))
+    def joins(c): return c == "_" or c.isalnum() or unicodedata.category(c)[0] == "M"  # a mark
+    def words(text): return {*"".join(c if joins(c) else " " for c in fold_caption(text)).split()}
     seen = set().union(*map(words, known))
     share = [len(words(c) & seen) / max(1, len(words(c))) for c in captions]
     return np.array(["none" if s == 0 else "all" if s == 1 else "some" for s in share])

@@ -279,3 +279,101 @@ def test_features_of_files_do_not_depend_on_the_batch(tmp_path, pixel_student):
         file_features(pixel_student, [], 8)
     with pytest.raises(FileNotFoundError, match="gone.png"):
         file_features(pixel_student, [tmp_path / "gone.png"], 8)
+
+
+# ---- files that are damaged, and files that other programs wrote
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(awa2, cub):
+    wanted = [load(folder).attributes for load, folder in ((load_awa2, awa2), (load_cub, cub))]
+    for file in [*awa2.rglob("*.txt"), *cub.parent.rglob("*.txt")]: file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for load, folder, values in ((load_awa2, awa2, wanted[0]), (load_cub, cub, wanted[1])): np.testing.assert_array_equal(load(folder).attributes, values)
+
+
+AWA2_FILES = ["classes.txt", "predicates.txt", "predicate-matrix-binary.txt", "predicate-matrix-continuous.txt", "trainclasses.txt", "testclasses.txt"]
+CUB_FILES = ["images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt", "attributes/certainties.txt", "attributes/image_attribute_labels.txt", "../attributes.txt"]
+
+
+@pytest.mark.parametrize("name", AWA2_FILES + CUB_FILES)
+def test_a_file_in_another_encoding_and_a_folder_in_its_place_are_named(name, request):
+    load, folder = (load_awa2, request.getfixturevalue("awa2")) if name in AWA2_FILES and name != "classes.txt" else (load_cub, request.getfixturevalue("cub"))
+    file, last = folder / name, name.split("/")[-1]
+    file.write_bytes(file.read_text(encoding="utf-8").encode("utf-16"))
+    with pytest.raises(ValueError, match=f"{last}.*(UTF-8|line 1)"): load(folder)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(FileNotFoundError, match=last): load(folder)
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("classes.txt", "1 zebra\n2 fox\n3 cow\n4 zebra\n", "classes.txt, line 4: 'zebra' a second time"), ("predicates.txt", "1 black\n2 black\n3 swims\n", "predicates.txt, line 2: 'black' a second time"),
+])  # fmt: skip
+def test_awa2_names_may_not_repeat(awa2, name, text, said):
+    write(awa2 / name, text)
+    with pytest.raises(ValueError, match=said): load_awa2(awa2)
+
+
+@pytest.mark.parametrize("name", ["images.txt", "classes.txt", "../attributes.txt"])
+def test_cub_names_may_not_repeat(cub, name):
+    first, *others = (cub / name).read_text().splitlines()
+    write(cub / name, "\n".join([first, f"2 {first[2:]}", *others[1:]]) + "\n")
+    with pytest.raises(ValueError, match=rf"{name.split('/')[-1]}, line 2: .* a second time"): load_cub(cub)
+
+
+def test_features_of_files_can_be_learned_on_and_take_any_list(tmp_path, pixel_student):
+    picture(tmp_path / "a.png", (10, 20, 30), (8, 8))
+    x = file_features(pixel_student.train(), iter([tmp_path / "a.png"]), 8)
+    weights = torch.ones(3, requires_grad=True)
+    (x @ weights).sum().backward()
+    assert weights.grad.tolist() == [10, 20, 30] and not pixel_student.training
+    with pytest.raises(ValueError, match="batch_size=0"): file_features(pixel_student, [tmp_path / "a.png"], 8, batch_size=0)
+
+
+def test_images_of_a_class_come_in_the_order_of_their_names(awa2):
+    folder = awa2 / "JPEGImages" / "zebra"
+    for file in folder.iterdir(): file.unlink()
+    for i in np.random.default_rng(0).permutation(12): picture(folder / f"zebra_{10001 + i}.jpg")
+    assert [p.name for p in load_awa2(awa2).images if p.parent == folder] == [f"zebra_{10001 + i}.jpg" for i in range(12)]
+
+
+def test_attribute_names_come_from_the_nearest_place(cub):
+    names = {cub.parent: "parent", cub: "data", cub / "attributes": "attributes"}
+    for folder, name in names.items():  # each nearer than the one before
+        write(folder / "attributes.txt", f"1 {name}_a\n2 {name}_b\n")
+        assert load_cub(cub).attribute_names == [f"{name}_a", f"{name}_b"]
+
+
+@pytest.mark.parametrize("number", ["inf", "-0.5", "nan", "-1e9"])
+def test_strengths_are_finite_and_not_negative(awa2, number):
+    write(awa2 / "predicate-matrix-continuous.txt", f"0 0 0\n1 {number} 0\n1 0 1\n1 1 0\n")
+    with pytest.raises(ValueError, match="predicate-matrix-continuous.txt holds .*expected numbers from 0, or -1"): load_awa2(awa2)
+
+
+@pytest.mark.parametrize("name, words", [("001.Bird_has_3.5_toes", "Bird has 3.5 toes"), ("has_wings", "wings"), ("has_a::b::c", "b::c a"), ("12", "12"), ("a\u00a0b", "a b")])
+def test_only_the_head_of_a_name_is_cut(name, words):
+    assert phrase(name) == words
+
+
+class Recorder(torch.nn.Module):
+    "Notes what comes in, and in which mode."
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen, self.modes = torch.nn.Parameter(torch.ones(1)), [], []
+
+    def encode_image(self, x):
+        self.seen.append(tuple(x.shape))
+        self.modes.append(self.training)
+        return self.weight * x.mean((2, 3))
+
+
+def test_files_are_fitted_prepared_and_encoded_in_evaluation_mode(tmp_path, monkeypatch):
+    import kklip_nb.evidence.attribute_data as module
+
+    picture(tmp_path / "a.png", (200, 100, 0), (8, 8))
+    monkeypatch.setattr(module, "prepare_images", lambda student, images: torch.from_numpy(images).permute(0, 3, 1, 2) / 100 - 1)
+    student = Recorder().train()
+    x = file_features(student, [tmp_path / "a.png"] * 65)
+    assert student.seen == [(64, 3, 224, 224), (1, 3, 224, 224)] and student.modes == [False, False]
+    assert not x.requires_grad and len(x) == 65 and x[64].tolist() == pytest.approx([1, 0, -1], abs=1e-5)
+    assert file_features(student, [tmp_path / "a.png"], 16).tolist() == [pytest.approx([1, 0, -1])] and student.seen[-1] == (1, 3, 16, 16)

@@ -51,11 +51,6 @@ def first_right(scores, right):
     return [next(place for place, j in enumerate(order, 1) if right[j]) for order in orders_of(scores)]
 
 
-def slow_recall(scores, right, k):
-    "Share of the queries with a right answer among the first k, averaged over all orders of ties."
-    return np.mean([np.mean([place <= k for place in first_right(s, r)]) for s, r in zip(scores, right)])
-
-
 def tied_features(seed, n=5):
     "Features from a tiny alphabet, so that many cosines tie exactly."
     rng = np.random.default_rng(seed)
@@ -74,12 +69,10 @@ def test_recall_and_median_rank_are_averages_over_all_orders_of_ties(seed, ids):
     recall = retrieval_recall(images, texts, ks=(1, 2, 3, 5), text_ids=ids)
     ranks = median_rank(images, texts, text_ids=ids)
     for way, s, r in (("i2t", scores, right), ("t2i", scores.T, right.T)):
-        s = np.round(s, 9)
+        places = np.array([np.resize(first_right(a, b), 120) for a, b in zip(np.round(s, 9), r)])  # 120: all orders, or each of fewer several times
         for k in (1, 2, 3, 5):
-            assert recall[f"{way}_r{k}"] == pytest.approx(slow_recall(s, r, k))
-        assert ranks[f"{way}_median_rank"] == pytest.approx(
-            np.median([np.mean(first_right(a, b)) for a, b in zip(s, r)])
-        )
+            assert recall[f"{way}_r{k}"] == pytest.approx((places <= k).mean())
+        assert ranks[f"{way}_median_rank"] == pytest.approx(np.median(places.mean(1)))
 
 
 def test_hits_at_k_is_the_chance_for_each_query():
@@ -539,3 +532,319 @@ def test_the_table_over_seeds_says_nothing_of_what_is_not_there():
     alone = runs_of("hits", [0.1, 0.2], [0.3])  # one seed in common
     for rest in (runs[:2], alone, [r | dict(hits="") for r in runs], []): assert seed_table(rest, {"hits": "h"}) == ""
     assert seed_table(runs, {}) == ""
+
+
+# ---- names, rows, counts and templates as people give them
+
+COMPOSED, APART = "caf\u00e9", "cafe\u0301"  # é in one code point and in two
+PAIRS_OF_NAMES = {  # do the two name one thing?
+    "composed": (COMPOSED, APART, True), "spaces": ("fire engine", " fire\u00a0 engine", True), "NUL": ("a", "a\0", False), "number": (1, "1", False),
+    "none": (None, None, True), "none or text": (None, "None", False), "tuples": (("a", 1), ("a", 1), True), "tensor": (torch.tensor(3), 3, True),
+    "numpy": (np.str_("a"), "a", True), "NaN": (NAN, None, True), "letter case": ("Polish", "polish", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PAIRS_OF_NAMES)
+def test_names_are_compared_as_they_read(case):
+    one, other, same = PAIRS_OF_NAMES[case]
+    assert retrieval_recall(np.eye(3), np.eye(3)[[1, 0, 2]], ks=(1,), text_ids=[one, other, "z"])["i2t_r1"] == (1 if same else pytest.approx(1 / 3))
+    assert median_rank(np.eye(3), np.eye(3)[[1, 0, 2]], text_ids=iter([one, other, "z"]))["t2i_median_rank"] == (1 if same else 2.5)
+    assert knn_hits(np.eye(2), [one, "z"], np.eye(2), [other, "z"], 1).tolist() == [same, 1]
+    assert zero_shot_hits(np.eye(2), np.eye(2), [one, other], [one, other]).tolist() == [1, 1]
+    assert bootstrap_interval([0.0, 4.0], [one, other]) == ((2, 2) if same else (0, 4))
+
+
+def test_groups_are_drawn_in_the_order_of_their_names():
+    "The resampling draws sorted groups; the interval belongs to the seed, not to the order of the rows."
+    picks = np.random.default_rng(4).integers(4, size=(50, 4))
+    groups = list("dbcadcbd")
+    values = np.array([9.0, 4, 6, 3.5, 3, 1, 1, 6])
+    wanted = [np.percentile([np.concatenate([values[[g == "abcd"[p] for g in groups]] for p in row]).mean() for row in picks], q) for q in (2.5, 97.5)]
+    assert bootstrap_interval(values, groups, seed=4, draws=50) == pytest.approx(tuple(wanted))
+    order = [5, 2, 7, 0, 1, 3, 6, 4]
+    assert bootstrap_interval(values[order], [groups[i] for i in order], seed=4, draws=50) == pytest.approx(tuple(wanted))
+    assert bootstrap_interval(values, ["a", None, "b", 1, ("c", 2), "b", 1, None], draws=50)[0] <= values.mean()
+
+
+@pytest.mark.parametrize("rows", [(2, 3, 5), [2, 3, 5], np.array([2, 3, 5], np.uint8), torch.tensor([2, 3, 5]), np.array([0, 0, 1, 1, 0, 1], bool), [False, False, True, True, False, True]])
+def test_rows_are_numbers_or_a_mask(rows, rng):
+    features, classes, train = rng.normal(size=(2, 6, 4)), list("abaabb"), [0, 1, 4]
+    encode = lambda prompts: np.eye(4)[["ab".index(p[-1]) for p in prompts]]
+    wanted, got = (item_scores(*features, encode, classes, train, r) for r in ([2, 3, 5], rows))
+    assert all((wanted[k] == got[k]).all() for k in wanted) and chance_levels(classes, rows, train) == chance_levels(classes, [2, 3, 5], train)
+    turned = item_scores(*features, encode, classes, rows, train)
+    assert all((v == item_scores(*features, encode, classes, [2, 3, 5], train)[k]).all() for k, v in turned.items())
+    assert evaluate(*features, encode, classes, iter(train), rows) == evaluate(*features, encode, classes, train, [2, 3, 5])
+
+
+@pytest.mark.parametrize("rows, said", [([6], "0 to 5"), ([-7], "0 to 5"), ([0.0, 1.0], "numbers of rows"), (["a"], "numbers of rows"), ([[0, 1]], "numbers of rows")])
+def test_rows_that_are_not_there_are_named(rows, said):
+    six = np.eye(6)
+    for which in ("train", "test"):
+        given = dict(train=[0, 1], test=[2, 3]) | {which: rows}
+        for score in (item_scores, evaluate):
+            with pytest.raises(ValueError, match=f"{which}=.*{said}"): score(six, six, lambda p: np.ones((len(p), 6)), list("ababab"), **given)
+        with pytest.raises(ValueError, match=f"{which}=.*{said}"): chance_levels(list("ababab"), **given)
+    with pytest.raises(ValueError, match="5 classes for 6 pairs"): item_scores(six, six, None, list("ababa"), [0], [1])
+
+
+def test_pairs_without_classes_are_scored_without_classification(rng):
+    images, texts = rng.normal(size=(2, 8, 3))
+    refuse = lambda prompts: pytest.fail("no class name to encode")
+    none, rest = [None, NAN] * 4, {f"{way}_{m}" for way in ("i2t", "t2i") for m in ("r1", "r5", "r10", "median_rank")}
+    assert item_scores(images, texts, refuse, none, [0, 1, 2], [3, 4, 5, 6]).keys() == chance_levels(none, [3, 4, 5, 6], [0, 1, 2]).keys() == rest
+    assert evaluate(images, texts, refuse, none, [0, 1, 2], [3, 4, 5, 6]).keys() == rest | {"alignment", "uniformity_image", "uniformity_text"}
+    some = [None] * 4 + list("abab")  # classes, but no voter
+    encode = lambda prompts: np.eye(3)[["ab".index(p[-1]) for p in prompts]]
+    assert item_scores(images, texts, encode, some, [0, 1, 2], [5, 6]).keys() == chance_levels(some, [5, 6], [0, 1, 2]).keys() == rest | {"zero_shot"}
+    with pytest.raises(ValueError, match="no rows to score"): chance_levels(some, [])
+
+
+def test_classes_that_read_the_same_are_one_class():
+    seen = []
+    encode = lambda prompts: seen.append(prompts) or np.eye(4)[[0 if COMPOSED in p else 1 for p in prompts]]
+    classes = [COMPOSED, APART, "tea", "tea ", np.str_("tea"), APART]
+    items = item_scores(np.eye(4)[[0, 0, 1, 1, 1, 0]], np.eye(4)[[0, 0, 1, 1, 1, 0]], encode, classes, [0, 2], [1, 3, 4, 5])
+    assert seen == [[t.replace("{}", c) for c in (COMPOSED, "tea")] for t in TEMPLATES]
+    assert items["zero_shot"].tolist() == items["knn_image"].tolist() == [1] * 4
+    chance = chance_levels(classes, [1, 3, 4, 5], [0, 2, 3])
+    assert chance["zero_shot"] == 0.5 and chance["knn_text"] == pytest.approx((2 * 1 + 2 * 2) / 12)
+
+
+def test_a_class_that_no_name_stands_for_is_named():
+    with pytest.raises(ValueError, match="'fox' is a true class, but not in classes"):
+        zero_shot_hits(np.eye(3), np.eye(3), ["dog", "cat", "tree"], ["dog", "fox", "cat"])
+
+
+def test_class_names_and_templates_are_no_format_strings():
+    seen = []
+    encode = lambda prompts: seen.extend(prompts) or np.ones((len(prompts), 2))
+    class_features(encode, iter(["a {0}", "{b}", 7]), iter(["{}: {}", "{x} {}"]))
+    assert seen == ["a {0}: a {0}", "{b}: {b}", "7: 7", "{x} a {0}", "{x} {b}", "{x} 7"]
+    for wrong in (["a photo"], ["{}", "{0}"], "a {}", [None]):
+        with pytest.raises(ValueError, match="has no {} where the class name would stand"): class_features(encode, ["dog"], wrong)
+    for classes, templates in (([], ["{}"]), (["dog"], [])):
+        with pytest.raises(ValueError, match="no classes or no templates"): class_features(encode, classes, templates)
+    with pytest.raises(ValueError, match=r"encode gave \[1\] rows.*expected 2"): class_features(lambda prompts: np.ones((1, 3)), ["dog", "cat"], ["{}"])
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, NAN, INF, None, "2"])
+def test_counts_are_whole_numbers_from_one(k):
+    for call in (lambda: hits_at_k(np.eye(3), np.eye(3, dtype=bool), k), lambda: retrieval_recall(np.eye(3), np.eye(3), ks=[1, k]),
+                 lambda: knn_hits(np.eye(3), "abc", np.eye(3), "abc", k), lambda: bootstrap_interval([1.0, 2.0], draws=k)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{k!r}; expected a whole number of at least 1"): call()
+
+
+def test_ks_may_be_anything_that_can_be_counted_through():
+    images, texts = np.eye(4), np.eye(4)[[1, 0, 2, 3]]
+    for ks in (iter([1, 2]), np.array([1, 2]), torch.tensor([1, 2]), [1.0, 2.0], (True, 2)):
+        assert retrieval_recall(images, texts, ks=ks) == {"i2t_r1": 0.5, "i2t_r2": pytest.approx(2 / 3), "t2i_r1": 0.5, "t2i_r2": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="ks=5; expected several"): retrieval_recall(images, texts, ks=5)
+
+
+@pytest.mark.parametrize("right", [np.where(np.eye(3), 1, NAN), [["yes"] * 3] * 3, np.full((3, 3), 0.5), [[1], [0, 1]]])
+def test_right_answers_are_booleans(right):
+    for function in (lambda *args: hits_at_k(*args, 1), first_place):
+        with pytest.raises(ValueError, match="right.*expected booleans"): function(np.eye(3), right)
+    assert first_place(np.eye(3), np.eye(3).tolist()).tolist() == hits_at_k(np.eye(3), torch.eye(3).int(), 1).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("length", [1e-300, 1e-20, 1e-13, 1e200])
+def test_rows_of_any_length_become_unit_rows(length, rng):
+    images, texts = rng.normal(size=(2, 6, 4))
+    assert retrieval_recall(length * images, texts) == retrieval_recall(images, texts)
+    assert alignment(length * images, texts) == pytest.approx(alignment(images, texts))
+    assert alignment(np.zeros((2, 3)), np.eye(3)[:2]) == 1  # a row of zeros stays one
+
+
+def test_words_of_any_script_are_whole():
+    assert words_seen(["हिन्दी", "हद", "भाषा हिन्दी"], ["हिन्दी", "ह न द"]).tolist() == ["all", "none", "some"]  # vowel signs belong to a word
+    assert words_seen([APART.upper(), "ไทย", "汽车"], [COMPOSED, "ภาษา ไทย", "红色 汽车"]).tolist() == ["all"] * 3
+    assert words_seen(iter(["a_b"]), iter(["a b"])).tolist() == ["none"]
+
+
+def test_a_table_of_other_numbers_and_names():
+    rows = [dict(dataset="openmoji", row=row, seed=seed, hits=value, rank_share=3) for row in ("CLIP", "KKLIP") for seed, value in ((0, 0.0), (1, 0.0), (2, NAN))]
+    assert "| a\\|b | 0.0 ± 0.0 | 0.0 ± 0.0 | +0.0 ± 0.0 | 2 |" in seed_table(iter(rows), {"hits": "a|b"})
+    with pytest.raises(ValueError, match="runs without row, seed; give lines of results/study.csv"): seed_table([dict(dataset="openmoji")], {"a": "b"})
+
+
+# ---- which rows, which encoder, which default: everything anew from scikit-learn and loops
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    "Overlapping classes, each encoder with its own mistakes; three parts, and a class that no scored pair has."
+    rng = np.random.default_rng(11)
+    classes = [*rng.choice(["ant", "bee", "cat"], 68), "owl", "owl", None, "ant", None, "bee", "cat", "bee"]
+    meaning = dict(zip(["ant", "bee", "cat", "owl", None], rng.normal(size=(5, 6))))
+    centre = np.stack([meaning[c] for c in classes])
+    images, texts = centre + 1.6 * rng.normal(size=(76, 6)), 0.7 * centre + 1.3 * rng.normal(size=(76, 6))
+    prompts = {t.replace("{}", c): length * (meaning[c] + 0.8 * rng.normal(size=6)) for c in ("ant", "bee", "cat", "owl") for t, length in zip(TEMPLATES, (1, 2, 5, 0.1))}
+    encode = lambda texts: np.stack([prompts[t] for t in texts])
+    train, test = rng.permutation(np.arange(4, 70))[:36], np.array([70, 71, 72, 3, 73, 74, 75, *range(3)])
+    return images, texts, encode, classes, np.append(train, [68, 69]), np.append(test, np.setdiff1d(np.arange(4, 68), train)[:20])
+
+
+def slow_items(images, texts, encode, classes, train, test, neighbours=5):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    a, b = unit(images), unit(texts)
+    items = {}
+    for way, queries, candidates in (("i2t", a, b), ("t2i", b, a)):
+        places = [1 + sum(float(queries[i] @ candidates[j]) > float(queries[i] @ candidates[i]) for j in test) for i in test]
+        items |= {f"{way}_r{k}": [float(p <= k) for p in places] for k in (1, 5, 10)} | {f"{way}_median_rank": places}
+    known, voters = [i for i in test if classes[i]], [i for i in train if classes[i]]
+    names = sorted({c for c in classes if c})
+    heads = unit(np.stack([sum(unit(encode([t.replace("{}", c)]))[0] for t in ("{}", "a drawing of {}", "an emoji of {}", "a picture of {}")) for c in names]))
+    items["zero_shot"] = [float(names[int(np.argmax(heads @ a[i]))] == classes[i]) for i in known]
+    for kind, x in (("image", images), ("text", texts)):
+        knn = KNeighborsClassifier(neighbours, metric="cosine", algorithm="brute", weights="distance").fit(x[voters], [classes[i] for i in voters])
+        items[f"knn_{kind}"] = (knn.predict(x[known]) == np.array([classes[i] for i in known])).astype(float).tolist()
+    return items
+
+
+def test_items_and_means_are_those_of_scikit_learn_and_loops(mixed):
+    wanted = slow_items(*mixed)
+    got, scores = item_scores(*mixed), evaluate(*mixed)
+    assert got.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert got[name].tolist() == values, name
+        assert scores[name] == pytest.approx(np.median(values) if "rank" in name else np.mean(values)), name
+    a, b = (unit(x[mixed[5]]) for x in mixed[:2])
+    assert scores["alignment"] == pytest.approx(np.mean([math.dist(p, q) ** 2 for p, q in zip(a, b)]))
+    for kind, x in (("image", a), ("text", b)):
+        assert scores[f"uniformity_{kind}"] == pytest.approx(math.log(np.mean([math.exp(-2 * math.dist(p, q) ** 2) for p, q in itertools.combinations(x, 2)])))
+    by_ways = [[wanted[k] for k in wanted if k.startswith(way)] for way in ("i2t", "t2i", "knn_image", "knn_text")]
+    assert by_ways[0] != by_ways[1] and by_ways[2] != by_ways[3]  # or a mix-up would not show
+
+
+def test_five_neighbours_vote_by_default(mixed):
+    images, _, _, classes, train, test = mixed
+    known = [i for i in test if classes[i]]
+    given = images[train], [classes[i] for i in train], images[known], [classes[i] for i in known]
+    votes = {n: slow_items(*mixed, neighbours=n)["knn_image"] for n in (1, 4, 5, 6, 10)}
+    assert all(knn_hits(*given, n).tolist() == v for n, v in votes.items()) and knn_hits(*given).tolist() == votes[5]
+    assert all(votes[5] != v for n, v in votes.items() if n != 5)
+
+
+def test_what_is_not_scored_moves_nothing(mixed):
+    images, texts, encode, classes, train, test = mixed
+    scores, rest = item_scores(*mixed), np.setdiff1d(np.arange(76), [*train, *test])
+    assert len(rest) > 5
+    spoiled = [x.copy() for x in (images, texts)]
+    for x in spoiled: x[rest] = 99.0
+    assert all((v == scores[k]).all() for k, v in item_scores(*spoiled, encode, classes, train, test).items())
+    for x in spoiled: x[train] = -7.0
+    moved = {k for k, v in item_scores(*spoiled, encode, classes, train, test).items() if (v != scores[k]).any()}
+    assert moved == {"knn_image", "knn_text"}  # training rows vote, and do nothing else
+
+
+def test_zero_shot_chooses_among_all_classes_not_among_those_scored():
+    encode = lambda prompts: np.eye(3)[["abc".index(p[-1]) for p in prompts]]
+    images = np.array([[1.0, 0, 0], [0, 0.5, 0.6], [0, 0, 1]])
+    assert item_scores(images, images, encode, list("abc"), [2], [0, 1])["zero_shot"].tolist() == [1, 0]
+    assert chance_levels(list("abc"), [0, 1], [2])["zero_shot"] == pytest.approx(1 / 3)
+
+
+def test_the_templates_are_four():
+    assert TEMPLATES == ("{}", "a drawing of {}", "an emoji of {}", "a picture of {}")
+    seen = []
+    class_features(lambda prompts: seen.append(prompts) or np.ones((1, 2)), ["dog"])
+    assert seen == [["dog"], ["a drawing of dog"], ["an emoji of dog"], ["a picture of dog"]]
+
+
+def test_equal_directions_tie_whatever_their_lengths(rng):
+    "Unit rows of x and 3x differ in the last digit; a third of the answers are right by chance."
+    x = rng.normal(size=(12, 33))
+    three = np.concatenate([x, 3 * x, 0.7 * x])
+    assert retrieval_recall(three, three[::-1].copy()[::-1] * 1.3, ks=(1,)) == pytest.approx({"i2t_r1": 1 / 3, "t2i_r1": 1 / 3})
+    names = [f"{i} {j}" for j in range(3) for i in range(12)]
+    np.testing.assert_allclose(zero_shot_hits(1.7 * three, three, names, names), 1 / 3)
+
+
+def test_the_length_of_a_class_feature_does_not_count(rng):
+    images, heads, names = rng.normal(size=(20, 4)), rng.normal(size=(5, 4)), list("abcde")
+    truth = [names[int(np.argmax(unit(heads) @ x))] for x in images]
+    assert zero_shot_hits(images, heads * np.array([[1], [50], [0.02], [3], [7]]), names, truth).all()
+    lengths = np.array([[1e-200], [1.0], [1e150], [1e-9]])  # each row by itself
+    assert retrieval_recall(lengths * np.eye(4), np.eye(4) / lengths, ks=(1,)) == {"i2t_r1": 1, "t2i_r1": 1}
+
+
+# ---- chance: closed forms, and all orders
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_chance_of_recall_and_rank_is_the_mean_over_all_orders(n):
+    "Every order of n texts, the right one at each place: n even and odd."
+    level = chance_levels(list("abcdefg"), np.arange(7 - n, 7))
+    places = [order.index(0) + 1 for order in itertools.permutations(range(n))]
+    for way in ("i2t", "t2i"):
+        assert level[f"{way}_median_rank"] == np.median(places) == (n + 1) / 2
+        for k in (1, 5, 10): assert level[f"{way}_r{k}"] == pytest.approx(np.mean([p <= k for p in places]))
+    assert level["zero_shot"] == pytest.approx(1 / 7) and "knn_text" not in level
+
+
+def test_chance_of_neighbours_counts_pairs_of_a_training_and_a_scored_row(mixed):
+    *_, classes, train, test = mixed
+    pairs = [classes[i] == classes[j] for i in train for j in test if classes[i] and classes[j]]
+    level = chance_levels(classes, test, train)
+    assert level["knn_image"] == level["knn_text"] == pytest.approx(np.mean(pairs)) and level["zero_shot"] == 1 / 4
+    assert level["i2t_r5"] == 5 / len(test) and abs(chance_levels(classes, train, test)["i2t_r5"] - 5 / len(train)) < 1e-12
+    by_label = [np.mean([classes[i] == classes[j] for i in a for j in b if classes[i] and classes[j]]) for a, b in ((train, train), (test, test), ([*train, *test], test))]
+    assert all(abs(level["knn_text"] - other) > 1e-3 for other in by_label)
+
+
+@pytest.mark.parametrize("m, good", [(4, 1), (5, 2), (6, 3), (3, 3)])
+def test_several_right_answers_by_all_orders(m, good):
+    right = np.arange(m)[None] < good
+    orders = list(itertools.permutations(range(m)))
+    for k in range(1, m + 2): assert hits_at_k(np.zeros((1, m)), right, k)[0] == pytest.approx(np.mean([min(o[:k]) < good for o in orders]))
+    assert first_place(np.zeros((1, m)), right)[0] == pytest.approx(np.mean([1 + min(o.index(g) for g in range(good)) for o in orders]))
+
+
+def test_both_ways_are_each_their_own():
+    images, texts = np.random.default_rng(0).normal(size=(2, 6, 3))
+    cosines = unit(images) @ unit(texts).T
+    places = {way: [1 + sum(row > row[i]) for i, row in enumerate(s)] for way, s in (("i2t", cosines), ("t2i", cosines.T))}
+    assert all(f(places["i2t"]) != f(places["t2i"]) for f in (np.median, lambda p: p.count(1), lambda p: sum(x <= 2 for x in p)))
+    recall, ranks = retrieval_recall(images, texts, ks=(1, 2)), median_rank(images, texts)
+    for way, p in places.items():
+        assert [recall[f"{way}_r{k}"] for k in (1, 2)] == [np.mean(np.array(p) <= k) for k in (1, 2)]
+        assert ranks[f"{way}_median_rank"] == np.median(p)
+
+
+# ---- intervals: the seed, the draws, the percentiles, the degrees of freedom
+
+
+def test_the_plain_bootstrap_is_two_thousand_means_of_seed_zero(rng):
+    values = rng.normal(size=37) ** 3
+    for options, seed, draws in (({}, 0, 2000), (dict(seed=7), 7, 2000), (dict(draws=300), 0, 300)):
+        picks = np.random.default_rng(seed).integers(37, size=(draws, 37))
+        wanted = [np.quantile([values[p].mean() for p in picks], q) for q in (0.025, 0.975)]
+        assert bootstrap_interval(values, **options) == pytest.approx(tuple(wanted), rel=1e-12)
+
+
+@pytest.mark.parametrize("n, c", [(2, 12.706205), (3, 4.302653), (5, 2.776445), (10, 2.262157)])
+def test_the_seed_interval_has_the_tables_quantile_of_n_minus_one(n, c):
+    values = [((7 * i) % n + i * i / 10) for i in range(n)]
+    mean = sum(values) / n
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    assert seed_interval(values) == pytest.approx((mean, c * spread / math.sqrt(n)), rel=1e-6)
+
+
+def test_the_table_pairs_by_seed_and_takes_openmoji_alone():
+    "Seeds in another order, one that only one of both has, another data set and another row."
+    clip, kklip = {"0": 0.10, "1": 0.30, "2": 0.20, "9": 0.9}, {"2": 0.26, "0": 0.15, "7": 0.8, "1": 0.38}
+    runs = [dict(dataset="openmoji", row=row, seed=s, hits=str(v), mean_rank=str(10 * v)) for row, values in (("KKLIP", kklip), ("CLIP", clip)) for s, v in values.items()]
+    runs += [dict(dataset="scenes", row=row, seed=s, hits="0.5", mean_rank="1") for row in ("CLIP", "KKLIP") for s in "012"]
+    gains = [5.0, 8.0, 6.0]
+    half = 4.302653 * np.std(gains, ddof=1) / math.sqrt(3)
+    lines = seed_table(runs, {"mean_rank": "r", "hits": "h"}).splitlines()
+    assert lines[3].startswith("| h | 20.0 ± 24.8 | 26.3 ± 28.6 |") and lines[3].endswith(f"| +6.3 ± {half:.1f} | 3 |")
+    assert lines[2].startswith("| r | 2.0 ± 2.5 | 2.6 ± 2.9 | +0.6 ± ") and lines[0] == "| | CLIP | KKLIP | KKLIP − CLIP | seeds |"
+
+
+@pytest.mark.parametrize("caption, seen", [("red car", "all"), ("red bus", "some"), ("red bus fox", "some"), ("red car bus", "some"), ("bus", "none")])
+def test_seen_words_are_those_of_the_known_captions(caption, seen):
+    assert words_seen([caption, "bus"], ["RED", "old car"]).tolist() == [seen, "none"]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..evaluation import _count
 from ..own_pairs import read_image
 from ..student import Towers, prepare_images
 
@@ -31,11 +32,15 @@ class AttributeData(NamedTuple):
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #9b1e6fdf
 def _lines(path: Path, what: str) -> list[str]:
-    "The lines of a file that are not empty; an error names a missing file and what it should hold."
+    "The lines of a file that are not empty; an error names the file and what it should hold."
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: expected {what}; "
+        found = "a folder" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"no {path}: expected {what}, found {found}; "
                                 "unpack the official archive and give its folder")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try: text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); expected {what}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines: raise ValueError(f"{path} is empty; expected {what}")
     return lines
 
@@ -48,6 +53,14 @@ def _numbered(path: Path) -> list[str]:
         if first != str(number) or not rest:
             raise ValueError(f"{path}, line {number}: {line!r}; expected '{number} name'")
         names.append(rest[0])
+    return names
+
+def _names(path: Path) -> list[str]:
+    "The same, of names that are all different."
+    names, seen = _numbered(path), set()
+    for number, name in enumerate(names, 1):
+        if name in seen: raise ValueError(f"{path}, line {number}: {name!r} a second time")
+        seen.add(name)
     return names
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #899e39b8
@@ -106,11 +119,11 @@ def load_awa2(
 ) -> AttributeData:  # 50 classes; attributes (50, 85), of the classes
     "Animals with Attributes 2 in its official layout; errors name the file."
     folder = Path(folder)
-    classes, predicates = _numbered(folder / "classes.txt"), _numbered(folder / "predicates.txt")
+    classes, predicates = _names(folder / "classes.txt"), _names(folder / "predicates.txt")
     strength, binary = _awa2_matrices(folder, (len(classes), len(predicates)))
     parts, files = _awa2_parts(folder, classes), _awa2_images(folder, classes)
     numbers = np.repeat(np.arange(len(classes)), [len(f) for f in files])
-    rows = [np.flatnonzero(np.isin(np.array(classes)[numbers], part)) for part in parts]
+    rows = [np.flatnonzero([classes[c] in part for c in numbers]) for part in map(set, parts)]
     values = strength if continuous else binary
     return AttributeData(sum(files, []), numbers, classes, predicates, values, False, *rows)
 
@@ -133,10 +146,10 @@ def _cub_labels(folder: Path, shape: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"{folder / 'certainties.txt'}: 1 is {certainties[0]!r}; "
                          "expected 'not visible'")
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: expected a line an image and attribute")
+        raise FileNotFoundError(f"no file {path}: expected a line an image and attribute")
     values, seen = np.full(shape, np.nan), np.zeros(shape, bool)
     limits = ((1, shape[0]), (1, shape[1]), (0, 1), (1, len(certainties)))
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try: image, attribute, present, certainty = _cub_label(line, limits)
             except ValueError as error:
@@ -173,7 +186,7 @@ def _cub_names(folder: Path) -> Path:
 # %% ../../nbs/evidence/09_attribute_data.ipynb #9a100007
 def _cub_images(folder: Path) -> list[Path]:
     "The images of the list; raises FileNotFoundError for one that is not there."
-    images = [folder / "images" / n for n in _numbered(folder / "images.txt")]
+    images = [folder / "images" / n for n in _names(folder / "images.txt")]
     absent = [p for p in images if not p.is_file()]
     if not absent: return images
     raise FileNotFoundError(f"no {absent[0]} ({len(absent)} of {len(images)} images are missing)")
@@ -187,7 +200,7 @@ def load_cub(
     'Not visible' is missing, not absent."""
     folder = Path(folder)
     images = _cub_images(folder)
-    classes, attributes = _numbered(folder / "classes.txt"), _numbered(_cub_names(folder))
+    classes, attributes = _names(folder / "classes.txt"), _names(_cub_names(folder))
     numbers = _image_numbers(folder / "image_class_labels.txt", len(images), 1, len(classes)) - 1
     is_train = _image_numbers(folder / "train_test_split.txt", len(images), 0, 1)
     values = _cub_labels(folder / "attributes", (len(images), len(attributes)))
@@ -215,7 +228,7 @@ def phrase(
     return re.sub(r"[_+\s]+", " ", f"{value} {part}").strip()
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #5566b614
-@torch.inference_mode()
+@torch.no_grad()
 def file_features(
     student: Towers,  # on any device
     images: Sequence[str | Path],  # n image files
@@ -223,11 +236,12 @@ def file_features(
     batch_size: int = 64,  # files at once
 ) -> torch.Tensor:  # (n, d) image features, not normalised
     "Image features of files, without holding all pictures in memory."
-    if not len(images): raise ValueError("no images; expected at least one file")
+    images, batch_size = [*images], _count("batch_size", batch_size)
+    if not images: raise ValueError("no images; expected at least one file")
     student.eval()
     device = next(student.parameters(), torch.empty(0)).device
     features = []
     for start in range(0, len(images), batch_size):
         batch = np.stack([read_image(f, size) for f in images[start:start + batch_size]])
         features.append(student.encode_image(prepare_images(student, batch).to(device)))
-    return torch.cat(features).clone()
+    return torch.cat(features)

@@ -21,20 +21,33 @@ from sklearn.metrics import average_precision_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from ..data import Pairs
+from ..data import Pairs, fold_caption
+from ..evaluation import _as_read, _count, _name_numbers, _row_numbers
 from .scenes import (COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES,
                                       VERBS, Scene)
-from ..tools import finite_matrix
+from ..tools import as_array, finite_matrix
 
 # %% ../../nbs/evidence/03_attributes.ipynb #7af84121
-def _check_scores(scores: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
-    "Both as float64 of one shape (n, m), or a ValueError that says what was given."
-    scores, truth = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
-    if scores.ndim != 2 or scores.shape != truth.shape:
-        raise ValueError(f"scores have shape {scores.shape}, truth {truth.shape}; "
-                         "expected the same (n, m)")
+def _numbers(name: str, values: Any) -> np.ndarray:
+    "Whatever as_array takes as an (n, m) float64; None as NaN."
+    try: array = as_array(values).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read as numbers ({error}); expected (n, m)") from error
+    if array.ndim != 2: raise ValueError(f"{name} have shape {array.shape}; expected (n, m)")
+    return array
+
+def _check_truth(truth: Any) -> np.ndarray:
+    truth = _numbers("truth", truth)
     if odd := sorted(set(truth[~np.isnan(truth)]) - {0.0, 1.0}):
         raise ValueError(f"truth holds {odd[0]:g}; expected 0, 1, or NaN for missing")
+    return truth
+
+def _check_scores(scores: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
+    "Both as float64 of one shape (n, m), or a ValueError that says what was given."
+    scores, truth = _numbers("scores", scores), _check_truth(truth)
+    if scores.shape != truth.shape:
+        raise ValueError(f"scores have shape {scores.shape}, truth {truth.shape}; "
+                         "expected the same (n, m)")
     absent = np.isnan(scores).all(0)
     if not np.isfinite(scores[:, ~absent]).all():
         raise ValueError("scores hold NaN or infinite values; only a whole column may be NaN")
@@ -78,7 +91,7 @@ def mean_average_precision(
     truth: np.ndarray,  # (n, m) 0, 1, or NaN for missing
 ) -> MeanAP:
     "mAP over attributes; those without a positive or a negative are left out and counted."
-    values, truth = average_precisions(scores, truth), np.asarray(truth, np.float64)
+    values, truth = average_precisions(scores, truth), _check_truth(truth)
     scored = np.flatnonzero(~np.isnan(values))
     if not len(scored):
         raise ValueError(f"none of {len(values)} attributes has a score, a positive and a negative")
@@ -104,9 +117,10 @@ def _weighted_precisions(
 # %% ../../nbs/evidence/03_attributes.ipynb #a3000002
 def _group_draws(groups: Sequence, seed: int, draws: int) -> np.ndarray:
     "(draws, n) how often each draw has each of n images: groups are drawn as a whole."
-    names, group = np.unique(np.asarray(groups), return_inverse=True)
-    picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-    return np.stack([np.bincount(p, minlength=len(names)) for p in picks])[:, group]
+    (group,) = _name_numbers(groups)
+    count = group.max() + 1
+    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
+    return np.stack([np.bincount(p, minlength=count) for p in picks])[:, group]
 
 def _drawn_maps(scores, truth, weights, columns) -> np.ndarray:
     "mAP of each draw over some columns, moved so that its mean is the mAP of the images at hand."
@@ -114,6 +128,8 @@ def _drawn_maps(scores, truth, weights, columns) -> np.ndarray:
     for s, y in zip(scores.T[columns], truth.T[columns]):
         known = ~np.isnan(y)
         values.append(_weighted_precisions(s[known], y[known], weights[:, known]))
+    values = np.array(values)[:, ~np.isnan(values).all(0)]  # a draw without any positive
+    if not values.size: raise ValueError("no draw has a positive; take more draws")
     each = np.nanmean(values, axis=0)
     return each - each.mean() + average_precisions(scores, truth)[columns].mean()
 
@@ -128,13 +144,17 @@ def map_interval(
 ) -> tuple[float, float]:  # 95 % interval
     "Bootstrap over groups; an attribute whose positives are not drawn is left out of that draw."
     scores, truth = _check_scores(scores, truth)
+    groups = [*groups]
     if len(groups) != len(scores):
         raise ValueError(f"{len(groups)} groups for {len(scores)} images; expected one each")
-    weights = _group_draws(groups, seed, draws)
-    usable = np.flatnonzero(~np.isnan(average_precisions(scores, truth)))
-    values = _drawn_maps(scores, truth, weights, usable)
-    if minus is not None:
-        values = values - _drawn_maps(_check_scores(minus, truth)[0], truth, weights, usable)
+    models = [scores] if minus is None else [scores, _check_scores(minus, truth)[0]]
+    judged = [~np.isnan(average_precisions(s, truth)) for s in models]
+    usable = np.flatnonzero(np.logical_and.reduce(judged))
+    if not len(usable):
+        raise ValueError(f"none of {scores.shape[1]} attributes has scores, a positive, a negative")
+    weights = _group_draws(groups, seed, _count("draws", draws))
+    values, *others = (_drawn_maps(s, truth, weights, usable) for s in models)
+    if others: values = values - others[0]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -148,7 +168,8 @@ def colour_shares(
     step: int = 4,  # distance between the pixels that are read
 ) -> np.ndarray:  # (n, 8) share of the picture that has each of COLOUR_NAMES
     "Colours by hue; dark orange is brown, pale bright red is pink; black, white and grey are none."
-    if images.dtype != np.uint8:
+    images, step = as_array(images), _count("step", step)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 (n, h, w, 3)")
     hue, saturation, value = np.moveaxis(rgb_to_hsv(images[:, ::step, ::step] / 255.0), -1, 0)
     number = np.array(_HUE_NAMES)[np.digitize(hue * 360, _HUE_ENDS)]
@@ -185,12 +206,14 @@ def openmoji_attributes(
     train: Sequence[int] | np.ndarray,  # training rows: they decide which are kept
 ) -> Attributes:  # families category, subcategory, word, colour
     "Attributes of the drawings: Unicode's classes, frequent words, measured dominant colours."
-    words = [set(re.findall(r"[a-z]{3,}", c.lower())) for c in pairs.captions]
-    rows = Counter(pairs.subcategories[i] for i in train)
+    words = [set(re.findall(r"[^\W\d_]{3,}", fold_caption(c))) for c in pairs.captions]
+    train = _row_numbers("train", train, len(words))
+    classes, subclasses = ([*map(_as_read, c)] for c in (pairs.categories, pairs.subcategories))
+    rows = Counter(subclasses[i] for i in train)
     spread = Counter(w for _, w in {(pairs.bases[i], w) for i in train for w in words[i]})
     frequent = {c for c, n in rows.items() if c and n >= 12}
-    columns = _class_columns(pairs.categories, set(pairs.categories) - {None}, "category")
-    columns += _class_columns(pairs.subcategories, frequent, "subcategory")
+    columns = _class_columns(classes, {*classes} - {None}, "category")
+    columns += _class_columns(subclasses, frequent, "subcategory")
     for word in sorted(w for w, n in spread.items() if n >= 8):
         columns.append((word, "word", [float(word in row) for row in words]))
     columns += [(c, "colour", d) for c, d in zip(COLOUR_NAMES, dominant_colours(pairs.images).T)]
@@ -220,7 +243,8 @@ def scene_attributes(
     scenes: Sequence[Scene],  # n scenes
 ) -> Attributes:  # families noun, colour, size, count, relation, place, time, verb
     "The exact truth of drawn scenes; NaN where neither picture nor caption settles it."
-    if not len(scenes): raise ValueError("no scenes; make some with make_scenes")
+    scenes = [*scenes]
+    if not scenes: raise ValueError("no scenes; make some with make_scenes")
     truths = [_scene_truth(s) for s in scenes]
     keys = [(name, family) for family, some in truths[0].items() for name in some]
     values = np.array([[t[family][name] for name, family in keys] for t in truths])
@@ -247,13 +271,15 @@ def map_by_family(
     rows: Sequence[int] | np.ndarray | None = None,  # rows of the attributes to score; None: all
 ) -> dict[str, MeanAP]:  # a family each, then 'all'
     "mAP of each family of attributes; a family with nothing to score is missing from the result."
-    truth = attributes.values if rows is None else attributes.values[rows]
-    if np.shape(scores) != truth.shape:
-        raise ValueError(f"scores have shape {np.shape(scores)}; expected {truth.shape}: n rows, "
+    scores, truth = _numbers("scores", scores), _numbers("attributes", attributes.values)
+    if rows is not None: truth = truth[_row_numbers("rows", rows, len(truth))]
+    if scores.shape != truth.shape:
+        raise ValueError(f"scores have shape {scores.shape}; expected {truth.shape}: n rows, "
                          "and a column an attribute")
-    families, usable = np.array(attributes.families), ~np.isnan(average_precisions(scores, truth))
-    columns = {family: families == family for family in attributes.families}
-    columns["all"] = families != ""
+    usable = ~np.isnan(average_precisions(scores, truth))
+    columns = {family: np.array([f == family for f in attributes.families])
+               for family in attributes.families}
+    columns["all"] = np.ones(len(usable), bool)
     return {family: mean_average_precision(scores[:, c], truth[:, c])
             for family, c in columns.items() if usable[c].any()}
 
@@ -264,10 +290,13 @@ def taboo_prompts(
     families: Collection[str],  # which families of attributes are named; none: the name alone
 ) -> list[str]:  # n prompts: 'Blue Jay, blue, crested', or 'blue, crested'
     "Class descriptions with or without the class name, after VL-Taboo (arXiv 2209.06103)."
-    rows = attributes.values
+    rows = _numbers("attributes", attributes.values)
+    families = {families} if isinstance(families, str) else {*families}
+    if unknown := families - {*attributes.families}:
+        raise ValueError(f"no family {min(unknown)!r}; there are {sorted({*attributes.families})}")
     if names is None and not families:
         raise ValueError("neither names nor families of attributes: the prompts would be empty")
-    if names is not None and len(names) != len(rows):
+    if names is not None and len(names := [*names]) != len(rows):
         raise ValueError(f"{len(names)} names for {len(rows)} rows of attributes")
     named = np.array([family in families for family in attributes.families])
     said = [[a for a, has in zip(attributes.names, named & (row == 1)) if has] for row in rows]
@@ -280,7 +309,9 @@ def signature_scores(
     signatures: np.ndarray,  # (c, m) of c classes: 0 and 1, or strengths; NaN: missing
 ) -> np.ndarray:  # (n, c) higher: this class fits better
     "Standardised scores against centred signatures of length one; what is missing counts 0."
-    scores, signatures = np.asarray(scores, np.float64), np.asarray(signatures, np.float64)
+    scores, signatures = _numbers("scores", scores), _numbers("signatures", signatures)
+    if np.isinf(scores).any() or np.isinf(signatures).any():
+        raise ValueError("scores or signatures are infinite; expected numbers, or NaN for missing")
     if scores.shape[1] != signatures.shape[1]:
         raise ValueError(f"scores {scores.shape}, signatures {signatures.shape}; "
                          "expected the same number of attributes")
@@ -298,7 +329,9 @@ def linear_probe(
     "One logistic regression per attribute on standardised frozen features."
     train = normalize(finite_matrix("train features", train_features))
     test = normalize(finite_matrix("features", features))
-    truth = np.asarray(train_truth, np.float64)
+    truth = _check_truth(train_truth)
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"train features {train.shape}, features {test.shape}; use one encoder")
     if len(train) != len(truth):
         raise ValueError(f"{len(truth)} rows of attributes for {len(train)} training images; "
                          "expected one each")

