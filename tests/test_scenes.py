@@ -253,6 +253,9 @@ def test_a_colour_is_the_one_that_is_said(colour, rgb):
         picture = draw_scene(PLAIN._replace(things=(Thing(noun, adjective=colour),))).reshape(-1, 3).astype(float)
         coloured = picture[np.ptp(picture, axis=1) > 60]
         assert len(coloured) > 100 and hue(coloured.mean(0) / 255) == pytest.approx(hue(bytes.fromhex(rgb)), abs=0.005)
+        assert (np.abs(picture - list(bytes.fromhex(rgb))).max(1) < 40).sum() > (300 if noun == "balloon" else 30), "between the pale and the dark shades"
+        plain = draw_scene(PLAIN._replace(things=(Thing(noun),))).reshape(-1, 3)
+        assert (picture < 250).any(1).sum() == pytest.approx((plain < 250).any(1).sum(), rel=0.35), "around the thing the page stays white"
 
 
 def width(*things):
@@ -263,6 +266,14 @@ def width(*things):
 def test_sizes_are_shares_of_the_usual_side():
     usual = width(Thing("house"))
     assert width(Thing("house", adjective="small")) / usual == pytest.approx(0.6, abs=0.07) and width(Thing("house", adjective="big")) / usual == pytest.approx(1.5, abs=0.07)
+
+
+def test_big_things_at_the_edge_stay_whole():
+    free = width(Thing("house", adjective="big"))
+    for place in ("at the top", "at the bottom", "on the left", "on the right"):
+        seen = np.abs(draw_scene(Scene("", (Thing("house", adjective="big"),), place=place), 128).astype(int) - 255).sum(-1) > 30
+        assert np.ptp(np.nonzero(seen.any(0))[0]) + 1 == pytest.approx(free, abs=3)
+    for relation in P.RELATIONS: draw_scene(Scene("", (Thing("house", adjective="big"), Thing("bus", adjective="big")), relation))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
