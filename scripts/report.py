@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from kklip_nb.evaluation import first_place
+from kklip_nb.tools import as_array, finite_matrix
 
 FIRST, SHOWN, AT_ONCE = 5, 8, 12  # places that count as found; pictures a query; queries at a time
 COLOURS, SHAPES = 8, ("round", "square", "diamond")  # of the largest concepts; the rest is grey
@@ -42,7 +43,8 @@ def make_queries(
     rows: Sequence[int] | np.ndarray,  # n: where the pictures that are searched lie among all pictures
 ) -> list[Query]:
     "Each query with what each system finds first."
-    rows = np.asarray(rows)
+    rows, right = as_array(rows), as_array(right).astype(bool)
+    similarities = {name: finite_matrix(f"similarities of {name}", s) for name, s in similarities.items()}
     nearest = {name: rows[np.argsort(-s, 1, kind="stable")[:, :SHOWN]] for name, s in similarities.items()}
     places = {name: first_place(s, right) for name, s in similarities.items()}
     of = lambda table, i: {name: x[i].tolist() for name, x in table.items()}
@@ -89,7 +91,7 @@ def concept_looks(
     maps: Sequence[Map],
 ) -> list[tuple[int, str, int, str]]:  # concept, name, points, classes of style
     "The largest concepts of the first map, each with a colour and a shape."
-    largest = Counter(maps[0].labels.tolist()).most_common(COLOURS) if maps else []
+    largest = Counter(as_array(maps[0].labels).tolist()).most_common(COLOURS) if maps else []
     return [(c, maps[0].names[c], size, f"c{look} {SHAPES[look % 3]}") for look, (c, size) in enumerate(largest)]
 
 
@@ -98,9 +100,10 @@ def map_points(
     looks: Mapping[int, str],  # concept → classes of style
 ) -> list[tuple[int, float, float, int, str]]:  # row, percent from left and top, concept, classes of style
     "The points of one map, stretched to its box; coloured ones come last and lie on top."
-    low, high = drawn.places.min(0), drawn.places.max(0)
-    x, y = (4 + 92 * (np.asarray(drawn.places, float) - low) / np.where(high > low, high - low, 1)).T
-    columns = drawn.rows, x.round(2).tolist(), (100 - y).round(2).tolist(), drawn.labels.tolist()
+    places = finite_matrix(f"places of {drawn.name}", drawn.places)
+    low, high = places.min(0), places.max(0)
+    x, y = (4 + 92 * (places - low) / np.where(high > low, high - low, 1)).T
+    columns = drawn.rows, x.round(2).tolist(), (100 - y).round(2).tolist(), as_array(drawn.labels).tolist()
     points = [(int(row), left, top, c, looks.get(c, "crowd")) for row, left, top, c in zip(*columns, strict=True)]
     return sorted(points, key=lambda p: p[-1] != "crowd")
 
@@ -133,6 +136,9 @@ def report_html(
     "The whole page; raises ValueError for a row that is no picture."
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} pictures with {len(captions)} captions; expected one each")
+    if images.dtype != np.uint8 or images.shape[1:2] + (3,) != images.shape[2:]:
+        raise ValueError(f"pictures of {images.dtype} with shape {images.shape}; expected uint8, (n, size, size, 3)")
+    if len({tuple(s) for q in queries for s in (q.found, q.place)}) > 1: raise ValueError("queries of differing systems; expected those of the first one")
     rows = used_rows(queries, maps, len(images))
     sheet, columns, lines = sprite_sheet(images[rows]) if rows else ("data:,", 1, 1)
     systems, legend = list(queries[0].found) if queries else [], concept_looks(maps)

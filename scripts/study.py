@@ -40,7 +40,7 @@ def write(name: str, text: str) -> str:
 def write_tables(study: str, runs: list[dict]) -> str:
     "What follows from the finished runs."
     if study == "choose": return write("choices.md", "\n".join(f"**{d}**\n\n{choices_table(runs, d)}" for d in SCORES))
-    write_rows(RESULTS / "other_words.csv", other_words_lines(runs))
+    if lines := other_words_lines(runs): write_rows(RESULTS / "other_words.csv", lines)
     return write("ladder.md", ladder_table(runs))
 
 
@@ -76,7 +76,8 @@ def main() -> int:
         prepare(wanted, args.workers)
         run_tasks(wanted, path, args.workers)
         if study == "study": draw_queries(read_rows(path))
-    print(write_tables(study, read_rows(path)))
+    if not (runs := read_rows(path)): raise SystemExit(f"there are no runs in {path}; run the same command without --tables")
+    print(write_tables(study, runs))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Pairs one word apart and Winoground's scores, against the definitions."""
 
+import inspect
 import itertools
 import math
 from collections import Counter
@@ -35,7 +36,8 @@ def cosine(a, b):
 @pytest.mark.parametrize(
     "a, b, one",
     [("a dog", "a cat", True), ("a dog", "a dog", False), ("a dog", "an owl", False), ("a dog left of a cat", "a dog above a cat", False),
-     ("two dogs", "three dogs", True), ("a", "a b", False)],
+     ("two dogs", "three dogs", True), ("a", "a b", False), ("a caf\u00e9", "a cafe\u0301", False), ("A dog", "a\u00a0dog ", False),
+     ("a\u0301 b", "\u00e1 c", True), ("a b c", "a x y", False), ("b a", "a b", False)],
 )  # fmt: skip
 def test_one_word_apart(a, b, one):
     assert one_word_apart(a, b) == one_word_apart(b, a) == one
@@ -71,17 +73,53 @@ def test_pairs_differ_in_one_word_of_their_kind_and_in_the_drawing(pairs):
         assert (draw_scene(pair.first, 64) != draw_scene(pair.second, 64)).any()
 
 
+def test_as_many_pairs_as_asked_for_of_each_change_in_their_order(scenes):
+    for each in (1, 4): assert [p.change for p in one_word_pairs(scenes, each, seed=0)] == [c for c in ("noun", "colour", "size", "count", "relation", "place", "time", "verb") for _ in range(each)]
+    with pytest.raises(ValueError, match="each=0"): one_word_pairs(scenes, 0, seed=0)
+
+
+def test_neither_caption_of_a_pair_may_have_been_seen(scenes):
+    some = scenes[:300]
+    all_pairs = one_word_pairs(some, 3, seed=0)
+    changed = {scene_caption(s) for p in all_pairs for s in (p.first, p.second)} - {scene_caption(s) for s in some}
+    started = {scene_caption(s) for p in all_pairs for s in (p.first, p.second)} - changed
+    assert len(changed) > 5 and len(started) > 5
+    for seen in (changed, started):
+        for form in (seen, sorted(seen), iter(seen), [f" {c.upper()}\u00a0" for c in seen]):
+            assert not seen & {scene_caption(s) for p in one_word_pairs(some, 3, seed=0, seen=form) for s in (p.first, p.second)}
+    one = min(started)
+    assert one not in {scene_caption(s) for p in one_word_pairs(some, 3, seed=0, seen=one) for s in (p.first, p.second)}
+
+
+def test_scenes_may_come_one_by_one_and_the_seed_from_numpy(scenes):
+    assert one_word_pairs(iter(scenes), 2, seed=np.int64(1)) == one_word_pairs(tuple(scenes), 2, seed=1)
+
+
+@pytest.mark.parametrize("function, defaults", [(one_word_pairs, dict(seen=())), (score_pairs, dict(images=None))])
+def test_what_is_done_unless_said_otherwise(function, defaults):
+    assert {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty} == defaults
+
+
 def test_pairs_are_the_same_for_the_same_seed(scenes):
     assert one_word_pairs(scenes, 3, seed=1) == one_word_pairs(scenes, 3, seed=1) != one_word_pairs(scenes, 3, seed=2)
 
 
 def test_neither_side_of_a_pair_is_the_usual_one(scenes):
-    found = one_word_pairs(scenes, 40, seed=0)
-    colours = [p for p in found if p.change == "colour"]
-    drawn_from = {scene_caption(s) for s in scenes}
-    first = np.mean([scene_caption(p.first) in drawn_from for p in colours])
-    second = np.mean([scene_caption(p.second) in drawn_from for p in colours])
-    assert abs(first - second) < 0.4
+    drawn = {scene_caption(s) for s in scenes}
+    told = [[scene_caption(s) in drawn for s in (p.first, p.second)] for p in one_word_pairs(scenes, 40, seed=0)]
+    firsts = [first for first, second in told if first != second]
+    assert len(firsts) > 100 and 0.4 < np.mean(firsts) < 0.6
+
+
+def test_all_ways_to_change_a_word_are_used(scenes):
+    found = [p for p in one_word_pairs(scenes, 40, seed=0) if p.change == "noun"]
+    told = [[{t.noun for t in s.things} for s in (p.first, p.second)] for p in found]
+    assert len({n for a, b in told for n in a ^ b}) > 20, "not always the first of the list"
+    places = [{i for i, (x, y) in enumerate(zip(p.first.things, p.second.things)) if x != y} for p in found]
+    assert {0} in places and {1} in places
+
+
+def captions_of(scene, change): return {scene_caption(s) for s in changed_scenes(scene, change)}
 
 
 def test_changes_are_complete_for_a_scene_by_hand():
@@ -92,6 +130,15 @@ def test_changes_are_complete_for_a_scene_by_hand():
     assert captions("colour") == {f"a {c} dog left of a big cat" for c in ("yellow", "green", "blue", "purple")}  # an orange dog: two words
     assert captions("count") == captions("verb") == captions("place") == captions("time") == set()
     assert "a red bird left of a big cat" in captions("noun") and "a red cat left of a big cat" not in captions("noun")
+    pair = Scene("x", (Thing("dog", 2), Thing("cat", verb="falling")), time="at night")
+    assert captions_of(pair, "count") == {"three dogs and a cat falling at night", "four dogs and a cat falling at night"}
+    assert captions_of(pair, "verb") == {f"two dogs and a cat {v} at night" for v in ("running", "jumping", "sleeping")}
+    assert captions_of(pair, "time") == {f"two dogs and a cat falling at {t}" for t in ("dawn", "noon", "dusk")}
+    place = Scene("x", (Thing("dog"),), place="on the left")
+    assert captions_of(place, "place") == {"a dog on the right"} and captions_of(place._replace(place="at the top"), "place") == {"a dog at the bottom"}
+    assert captions_of(Scene("x", (Thing("dog"), Thing("cat")), "above"), "relation") == {"a dog below a cat"}
+    nouns = captions_of(Scene("x", (Thing("dog"),)), "noun")
+    assert len(nouns) == 29 and {"a cat", "a fish", "a car"} <= nouns and not {"a dog", "an umbrella"} & nouns, "'an' would be a second word"
     with pytest.raises(ValueError, match="'mood'"):
         changed_scenes(scene, "mood")
 
@@ -149,9 +196,15 @@ def test_models_that_see_one_side_alone(rng):
 def test_rounding_noise_leaves_a_tie():
     s = np.array([[[0.3, 0.3 + 1e-14], [0.3 - 1e-14, 0.3]]])
     np.testing.assert_allclose(columns(winoground(s))[0], [1 / 4, 1 / 4, 1 / 6])
+    assert columns(winoground(np.array([[[0.3, 0.3], [0.3, 0.3]]]) + 1e-9 * np.eye(2))).tolist() == [[1, 1, 1]], "a small difference is none"
 
 
-@pytest.mark.parametrize("s, said", [(np.ones((2, 2)), r"\(2, 2\)"), (np.ones((3, 2, 3)), r"\(3, 2, 3\)"), (np.full((1, 2, 2), NAN), "NaN")])
+@pytest.mark.parametrize("s, text, image", [([[0.9, 0.8], [0.1, 0.2]], 0, 1), ([[0.9, 0.1], [0.8, 0.2]], 1, 0), ([[0.2, 0.1], [0.1, 0.2]], 1, 1), ([[0.1, 0.2], [0.2, 0.1]], 0, 0)])
+def test_the_text_score_compares_captions_and_the_image_score_pictures(s, text, image):
+    assert {k: v.tolist() for k, v in winoground([s]).items()} == dict(text=[text], image=[image], group=[text * image])
+
+
+@pytest.mark.parametrize("s, said", [(np.ones((2, 2)), r"\(2, 2\)"), (np.ones((3, 2, 3)), r"\(3, 2, 3\)"), (np.full((1, 2, 2), NAN), "NaN"), (np.ones((0, 2, 2)), "shape"), (np.full((1, 2, 2), np.inf), "infinite")])
 def test_winoground_refuses_what_is_no_pair(s, said):
     with pytest.raises(ValueError, match=said):
         winoground(s)
@@ -162,6 +215,9 @@ def test_similarities_are_caption_by_image(rng):
     got = pair_similarities(torch.from_numpy(images), texts)
     for n, c, i in itertools.product(range(3), range(2), range(2)):
         assert got[n, c, i] == pytest.approx(cosine(texts[2 * n + c], images[2 * n + i]))
+    images[1], large = 0, 1e4 * np.ones((2, 4), np.float16)
+    assert np.isfinite(pair_similarities(images, texts)).all() and (pair_similarities(images, texts)[0, :, 1] == 0).all()
+    np.testing.assert_allclose(pair_similarities(large, large), 1, atol=1e-6)
     for a, b in ((images[:5], texts[:5]), (images, texts[:4])):
         with pytest.raises(ValueError, match="two rows a pair"):
             pair_similarities(a, b)
@@ -185,3 +241,17 @@ def test_score_pairs_encodes_both_scenes(monkeypatch, pairs):
     swapped = [WordPair(p.change, p.second, p.first) for p in found]
     images = torch.from_numpy(np.stack([draw_scene(s) for p in found for s in (p.first, p.second)]))
     assert columns(score_pairs(None, swapped, images)).max() == 0  # the wrong picture beside each caption
+    with pytest.raises(ValueError, match="no pairs"): score_pairs(None, [])
+
+
+@pytest.mark.parametrize("alike, text, image", [("pictures", 0, 1 / 4), ("captions", 1 / 4, 0)])
+def test_a_student_that_is_blind_on_one_side(monkeypatch, pairs, alike, text, image):
+    import kklip_nb.evidence.one_word as module
+
+    def encode(_, images, tokens):
+        features = torch.randn(len(tokens), 30, generator=torch.Generator().manual_seed(0))
+        same = features[torch.arange(len(tokens)) // 2 * 2]
+        return (same, features) if alike == "pictures" else (features, same)
+    monkeypatch.setattr(module, "tokenize", lambda _, captions: torch.arange(len(captions)))
+    monkeypatch.setattr(module, "encode_all", encode)
+    np.testing.assert_allclose(columns(score_pairs(None, pairs[0], "pictures")).mean(0), [text, image, 0])

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from joblib import parallel_config
 from scipy import stats
 
 from kklip_nb.evidence import runner
 from kklip_nb.evidence.choices import CHOICES, SCORES, choices_table
-from kklip_nb.evidence.study import DATASETS, Row
+from kklip_nb.evidence.study import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,25 +72,6 @@ def test_the_recipes_follow_the_rule_of_choice():
         said = {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.endswith(" yes |")}
         assert said == better, "the table says what the numbers say"
         assert "*" not in table, "a bare interval gets no star"
-
-
-def test_a_finished_run_is_not_run_again_and_a_changed_one_is(tmp_path, monkeypatch, recorded):
-    ran, path = [], tmp_path / "runs.csv"
-    def pretend(task):
-        ran.append(task)
-        return dict(dataset="openmoji", row=task.name, seed=task.seed, part="val", key=runner.key_of(task))
-    monkeypatch.setattr(runner, "one_run", pretend)
-    monkeypatch.setattr(runner, "parallel_config", lambda *_, **__: parallel_config("sequential"))
-    def go(lr=0.2):
-        rows = {"a": Row(dict(lr=0.1), None, datasets=("openmoji",)), "b": Row(dict(lr=lr), None, datasets=("openmoji",))}
-        monkeypatch.setitem(runner.LISTS, "choose", (rows, "runs-val.csv", "val"))
-        return runner.run_tasks(runner.tasks("choose"), path)
-    assert [(r["row"], r["seed"]) for r in go()] == [(row, str(s)) for row in "ab" for s in range(5)] and len(ran) == 10
-    assert len(go()) == 10 and len(ran) == 10
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:4]))  # stopped after three
-    assert len(go()) == 10 and len(ran) == 17
-    assert len(go(lr=0.3)) == 10 and [t[2:] for t in ran[17:]] == [("b", s) for s in range(5)]
 
 
 @pytest.fixture

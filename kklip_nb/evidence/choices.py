@@ -9,7 +9,8 @@ __all__ = ['SCORES', 'CHOICES', 'choices_table']
 from collections.abc import Mapping, Sequence
 
 from .study import (DATASETS, EMOJI, ONLY_SCENES, PAIRS_ALONE, PLAIN, Row,
-                                     compare_rows, level, markdown_table, seed_values)
+                                     compare_rows, level, markdown_table, markdown_text,
+                                     seed_values)
 
 # %% ../../nbs/evidence/07_choices.ipynb #b2fccf71
 SCORES = {  # the mean of three measures on validation: a loss in any of them counts
@@ -35,6 +36,10 @@ def choices_table(
     dataset: str,  # of SCORES
 ) -> str:  # Markdown
     "Score and paired difference of each choice, and whether its interval lies above 0."
+    if dataset not in SCORES: raise ValueError(f"dataset={dataset!r}; expected one of {[*SCORES]}")
+    if other := {r.get("part") for r in runs} - {"val"}:
+        raise ValueError(f"runs scored on {other}, not on 'val'; what is chosen on a test set "
+                         "is not tested by it; give results/runs-val.csv")
     column, measures = (dataset, SCORES[dataset]), SCORES[dataset].split("+")
     found = compare_rows(runs, {n: r.base for n, r in CHOICES.items() if r.base}, [column])
     rows = []
@@ -42,8 +47,9 @@ def choices_table(
         if not len(seed_values(runs, dataset, name, column[1])): continue
         d = found.get((name, *column))
         verdict = ["yes" if d.mean > d.half else "no"] if d else []
-        against = [f"{d.mean:+.1f} ± {d.half:.1f}", row.base, *verdict] if d else ["–"] * 3
+        base = markdown_text(row.base or "")
+        against = [f"{d.mean:+.1f} ± {d.half:.1f}", base, *verdict] if d else ["–"] * 3
         own = [f"{100 * seed_values(runs, dataset, name, m).mean():.1f}" for m in measures]
-        rows.append([name, *own, level(runs, dataset, name, column[1]), *against])
+        rows.append([markdown_text(name), *own, level(runs, dataset, name, column[1]), *against])
     head = ["validation", *measures, "their mean", "difference", "to", "interval above 0"]
     return markdown_table(head, rows)

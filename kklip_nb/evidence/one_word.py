@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from sklearn.preprocessing import normalize
 
+from ..data import fold_caption
 from .scenes import (COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES,
                                       VERBS, Scene, draw_scene, scene_caption)
 from ..student import Towers, encode_all, prepare_images, tokenize
-from ..tools import finite_matrix
+from ..tools import as_array, finite_matrix, finite_numbers
 
 # %% ../../nbs/evidence/04_one_word.ipynb #7c9bef86
 CHANGES = ("noun", "colour", "size", "count", "relation", "place", "time", "verb")
@@ -29,7 +30,7 @@ def one_word_apart(
     b: str,  # another
 ) -> bool:
     "Do two captions have the same number of words, and differ in exactly one?"
-    first, second = a.split(), b.split()
+    first, second = fold_caption(a).split(), fold_caption(b).split()
     return len(first) == len(second) and sum(x != y for x, y in zip(first, second)) == 1
 
 # %% ../../nbs/evidence/04_one_word.ipynb #ce5e8b50
@@ -80,10 +81,12 @@ def one_word_pairs(
     seen: Collection[str] = (),  # captions that may not occur, such as those trained on
 ) -> list[WordPair]:  # ordered by change; no caption occurs twice
     "Pairs one word apart, by kind of change; raises ValueError where a kind cannot be had at all."
-    random, used, pairs = Random(seed), set(seen), []
+    if each < 1: raise ValueError(f"each={each}; expected at least 1 pair of each change")
+    scenes, seen = list(scenes), [seen] if isinstance(seen, str) else seen
+    random, used, pairs = Random(int(seed)), {*map(fold_caption, seen)}, []
     for change in CHANGES:
         before = len(pairs)
-        for scene in random.sample(list(scenes), len(scenes)):
+        for scene in random.sample(scenes, len(scenes)):
             if len(pairs) == before + each: break
             others = [o for o in changed_scenes(scene, change) if scene_caption(o) not in used]
             if not others or scene_caption(scene) in used: continue
@@ -102,13 +105,12 @@ def winoground(
     similarities: np.ndarray,  # (n, 2, 2) pair, caption, image; the right ones on the diagonal
 ) -> dict[str, np.ndarray]:  # text, image, group: (n,) in 0 … 1
     "Winoground's scores of each pair; a tie counts its expected value over all orders of the four."
-    s = np.round(np.asarray(similarities, np.float64), 10)
+    s = as_array(similarities)
     if s.ndim != 3 or s.shape[1:] != (2, 2):
         raise ValueError(f"similarities have shape {s.shape}; "
                          "expected (n, 2, 2): pair, caption, image")
-    if not np.isfinite(s).all():
-        raise ValueError("similarities hold NaN or infinite values; the model has diverged")
-    smaller = (s.reshape(-1, 4, 1) > s.reshape(-1, 1, 4)).sum(2)
+    s = np.round(finite_numbers("similarities", s.reshape(-1)), 10).reshape(-1, 4)
+    smaller = (s[:, :, None] > s[:, None]).sum(2)
     s = (4 * smaller[:, None] + _ORDERS).reshape(len(s), len(_ORDERS), 2, 2)
     text = (s[..., 0, 0] > s[..., 1, 0]) & (s[..., 1, 1] > s[..., 0, 1])
     image = (s[..., 0, 0] > s[..., 0, 1]) & (s[..., 1, 1] > s[..., 1, 0])
@@ -136,6 +138,7 @@ def score_pairs(
 ) -> dict[str, np.ndarray]:  # text, image, group: (n,) each
     "Draw both scenes of each pair, encode them, and score."
     scenes = [s for p in pairs for s in (p.first, p.second)]
+    if not scenes: raise ValueError("no pairs to score; make some with one_word_pairs")
     if images is None: images = prepare_images(student, np.stack([draw_scene(s) for s in scenes]))
     features = encode_all(student, images, tokenize(student, [scene_caption(s) for s in scenes]))
     return winoground(pair_similarities(*features))

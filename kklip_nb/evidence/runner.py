@@ -15,6 +15,7 @@ import json
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -83,15 +84,16 @@ def cached_word_table(
     source: str,  # the teacher's `source`
 ) -> WordTable:
     "The word table for the tokens of these texts, kept in the cache folder."
-    path = cache_dir() / f"words-{captions_hash([source, *texts])[:16]}.safetensors"
-    try:
+    def read():
         with safe_open(path, framework="numpy") as file:
             return WordTable(file.get_tensor("ids"), file.get_tensor("vectors").astype(np.float32))
-    except (FileNotFoundError, SafetensorError): pass
+    path = cache_dir() / f"words-{captions_hash([source, *texts])[:16]}.safetensors"
+    try: return read()
+    except (FileNotFoundError, SafetensorError): pass  # not there, or damaged
     ids = np.unique(open_clip.SimpleTokenizer(context_length=77)(texts).numpy())
     table = make_word_table(ids, input_embeddings(teacher(), piece_texts(ids)))
     write_atomically(path, lambda part: save_word_table(part, table, source))
-    return cached_word_table(texts, teacher, source)
+    return read()
 
 # %% ../../nbs/evidence/08_runner.ipynb #8e100001
 def save_word_table(path: str | Path, table: WordTable, source: str) -> None:
@@ -222,13 +224,17 @@ def reader(seed: int) -> Autoencoder:
     captions = [c for c in captions if c not in held_out]
     read = json.dumps([captions, READER, seed, version("transformers")])
     folder = cache_dir() / f"t5-{hashlib.sha256(read.encode()).hexdigest()[:16]}"
-    if folder.exists(): return build_autoencoder(captions, str(folder))
+    if folder.exists():
+        try: return build_autoencoder(captions, str(folder))
+        except (FileNotFoundError, ValueError) as error:
+            warnings.warn(f"{error}; it is trained again", stacklevel=2)
     how = READER["t5_steps"], READER["batch_size"], READER["t5_lr"]
     autoencoder = build_autoencoder(captions, seed=seed)
     train_autoencoder(autoencoder, captions, *how, seed)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as part:
         for piece in autoencoder: piece.save_pretrained(Path(part) / "t5")
-        if not folder.exists(): (Path(part) / "t5").rename(folder)
+        if folder.exists(): folder.rename(Path(part) / "damaged")
+        (Path(part) / "t5").rename(folder)
     return autoencoder
 
 # %% ../../nbs/evidence/08_runner.ipynb #36ef6666
@@ -394,6 +400,7 @@ def tasks(
     core: bool = False,  # the study's main rows alone
 ) -> list[Task]:
     "All runs of a list in order; of the study the core first, on scenes without the controls."
+    if study not in LISTS: raise ValueError(f"study={study!r}; expected one of {[*LISTS]}")
     rows = LISTS[study][0]
     def task(dataset, names):
         fit = [n for n in names if n not in rows or dataset in rows[n].datasets]
@@ -453,16 +460,20 @@ def run_tasks(
     workers: int = 1,  # processes, with one thread and about 1.5 GB each
 ) -> list[dict[str, str]]:  # all lines of the file
     "Run what is missing in the file or has another key; the file is written after each run."
-    order = {t[1:]: i for i, t in enumerate(tasks(wanted[0].study))}
-    def place(line): return line.get("dataset") or "openmoji", line["row"], int(line["seed"])
-    done = {place(line): line for line in read_rows(path)}
-    todo = [t for t in wanted if t[1:] not in done or done[t[1:]]["key"] != key_of(t)]
-    done = {k: line for k, line in done.items() if k in order and k not in {t[1:] for t in todo}}
+    if len(lists := {t.study for t in wanted}) != 1:
+        raise ValueError(f"{len(wanted)} tasks of the lists {sorted(lists)}; expected tasks of one")
+    def place(dataset, row, seed): return dataset or "openmoji", row, str(seed)
+    def place_of(line): return place(line.get("dataset"), line["row"], line["seed"])
+    order = {place(*t[1:]): i for i, t in enumerate(tasks(*lists))}
+    done = {place_of(line): line for line in read_rows(path, ("row", "seed", "key"))}
+    todo = [t for t in wanted if done.get(place(*t[1:]), {}).get("key") != key_of(t)]
+    again = {place(*t[1:]) for t in todo}
+    done = {k: line for k, line in done.items() if k in order and k not in again}
     with parallel_config("loky", inner_max_num_threads=1):
         work = Parallel(workers, return_as="generator_unordered")
         lines = work(delayed(one_run)(t) for t in todo)
         for line in tqdm(lines, total=len(todo), desc="runs"):
-            done[place(line)] = line
+            done[place_of(line)] = line
             write_rows(path, same_columns([done[k] for k in sorted(done, key=order.get)]))
     return read_rows(path)
 

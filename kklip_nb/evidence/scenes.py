@@ -9,6 +9,7 @@ __all__ = ['NOUNS', 'PLURALS', 'COLOURS', 'SIZES', 'PLACES', 'TIMES', 'VERBS', '
 
 # %% ../../nbs/evidence/01_scenes.ipynb #7f918fce
 import io
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from sklearn.feature_extraction.text import CountVectorizer
 
-from ..data import TEST_SEED, Pairs, Split, openmoji_table
+from ..data import TEST_SEED, Pairs, Split, fold_caption, openmoji_table
+from ..tools import as_array
 from ..training import Material
 
 # %% ../../nbs/evidence/01_scenes.ipynb #db959380
@@ -119,7 +121,7 @@ def make_scenes(
 ) -> list[Scene]:  # no caption twice
     "Random scenes of all kinds, about in the shares of the grammar; short kinds run out first."
     if count < 1: raise ValueError(f"count={count}; expected at least 1 scene")
-    random, scenes = Random(seed), {}
+    random, scenes = Random(int(seed)), {}
     shares = [share for share, _ in _FORMS.values()]
     for _ in range(60 * count):
         scene = random_scene(random.choices(KINDS, shares)[0], random)
@@ -191,12 +193,28 @@ def _place(page: Image.Image, thing: Thing, centre: tuple, unit: float, random: 
         inside = [min(max(round(v), 0), size - picture.width) for v in at]
         page.alpha_composite(picture, tuple(inside))
 
+# %% ../../nbs/evidence/01_scenes.ipynb #drawable01
+_KNOWN = dict(noun=NOUNS, count=(1, *COUNTS), adjective=(None, *COLOURS, *SIZES),
+              verb=(None, *VERBS), relation=("and", *RELATIONS), place=(None, *PLACES),
+              time=(None, *TIMES), absent=(None, *NOUNS))
+
+def _check_scene(scene: Scene) -> None:
+    "ValueError for what the caption would say and no picture could show."
+    if len(scene.things) not in (1, 2):
+        raise ValueError(f"a scene with {len(scene.things)} things; expected one or two")
+    said = [pair for part in (*scene.things, scene) for pair in part._asdict().items()]
+    for field, word in said:
+        if word not in _KNOWN.get(field, [word]):
+            raise ValueError(f"{field}={word!r} cannot be drawn; expected one of "
+                             f"{[w for w in _KNOWN[field] if w]}")
+
 # %% ../../nbs/evidence/01_scenes.ipynb #a1000004
 def draw_scene(
     scene: Scene,
     size: int = 128,  # side of the picture in pixels
 ) -> np.ndarray:  # (size, size, 3) uint8
     "The scene as a picture, which depends on the caption alone. Pictures: OpenMoji, CC BY-SA 4.0."
+    _check_scene(scene)
     random = Random(scene_caption(scene))
     page = Image.new("RGBA", (size, size), TIMES.get(scene.time, "white"))
     unit, centres = size * 0.5, [PLACES.get(scene.place, (0.5, 0.5))]
@@ -213,7 +231,7 @@ def scene_pairs(
     size: int = 128,  # side of the pictures in pixels
 ) -> Pairs:  # base concept: the caption itself; no classes
     "Captions and pictures of scenes as pairs. Pictures: OpenMoji, CC BY-SA 4.0."
-    if not len(scenes): raise ValueError("no scenes; make some with make_scenes")
+    if not (scenes := list(scenes)): raise ValueError("no scenes; make some with make_scenes")
     captions = [scene_caption(s) for s in scenes]
     images = np.stack([draw_scene(s, size) for s in scenes])
     return Pairs(images, captions, list(captions), *([None] * len(scenes) for _ in range(2)))
@@ -226,18 +244,22 @@ def split_captions(
     test: float = 0.2,  # share of the different captions for test
 ) -> Split:  # no caption lies in two parts; every word of val and test occurs in train
     "Split by caption; a caption that brings a new word always goes to train."
-    shuffled = np.random.default_rng(TEST_SEED).permutation(sorted(set(captions))).tolist()
-    known, first, free = set(), [], []
+    keys = [] if isinstance(captions, str) else [fold_caption(c) for c in captions]
+    if not keys: raise ValueError(f"no captions in {captions!r}; expected a list, not empty")
+    different, known, first, free = sorted(set(keys)), set(), [], []
+    shuffled = [different[i] for i in np.random.default_rng(TEST_SEED).permutation(len(different))]
     for caption in shuffled:
         (free if set(caption.split()) <= known else first).append(caption)
         known |= set(caption.split())
-    n_val, n_test = round(val * len(shuffled)), round(test * len(shuffled))
-    if min(n_val, n_test) < 0 or n_val + n_test > len(free):
+    possible = val >= 0 and test >= 0 and val + test < 1
+    n_val, n_test = (round(x * len(shuffled)) if possible else 0 for x in (val, test))
+    if not possible or n_val + n_test > len(free):
         raise ValueError(f"val={val} and test={test} of {len(shuffled)} different captions; "
                          f"{len(first)} bring new words and must be trained on; give more")
-    rest = np.random.default_rng(seed).permutation(free[n_test:]).tolist()
-    part = dict.fromkeys(free[:n_test], 2) | dict.fromkeys(rest[:n_val], 1)
-    which = np.array([part.get(c, 0) for c in captions])
+    rest = free[n_test:]
+    chosen = np.random.default_rng(seed).permutation(len(rest))[:n_val]
+    part = dict.fromkeys(free[:n_test], 2) | dict.fromkeys([rest[i] for i in chosen], 1)
+    which = np.array([part.get(k, 0) for k in keys])
     return Split(*(np.flatnonzero(which == p) for p in range(3)))
 
 # %% ../../nbs/evidence/01_scenes.ipynb #12dad46e
@@ -255,7 +277,11 @@ def bag_of_words(
     captions: Sequence[str],  # the vocabulary: all words that occur in these
 ) -> Callable[[Sequence[str]], np.ndarray]:  # captions → (n, words) counts
     "An encoder that knows which words occur, and nothing about their order."
-    counter = CountVectorizer(token_pattern=r"\S+", lowercase=False).fit(captions)
+    def words(caption): return unicodedata.normalize("NFC", caption).split()
+    captions = [] if isinstance(captions, str) else list(captions)
+    if not any(map(words, captions)):
+        raise ValueError("captions hold no word; expected a list of captions, not empty")
+    counter = CountVectorizer(analyzer=words).fit(captions)
     return lambda some: counter.transform(some).toarray().astype(np.float32)
 
 # %% ../../nbs/evidence/01_scenes.ipynb #6573ec51
@@ -266,11 +292,13 @@ def load_captions(
     path, expected = Path(path), "expected a .txt file, one caption a line"
     if path.suffix.lower() != ".txt":
         raise ValueError(f"{path} ends in {path.suffix!r}; {expected}")
+    if path.is_dir(): raise ValueError(f"{path} is a folder; {expected}")
     if not path.is_file(): raise FileNotFoundError(f"no captions file {path}; {expected}")
-    try: lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try: lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {path}: {error}; expected UTF-8 text") from error
-    captions = [" ".join(line.split()) for line in lines if line.strip()]
+    lines = [unicodedata.normalize("NFC", line) for line in lines if fold_caption(line)]
+    captions = [" ".join(line.split()) for line in lines]
     if not captions: raise ValueError(f"no captions: {path} has no line with text")
     return captions
 
@@ -285,8 +313,9 @@ def scene_material(
     Word counts instead of a teacher will do for plain CLIP alone, that is alpha = beta = 0."""
     pairs = scene_pairs(scenes, size)
     if embeddings is None: embeddings = bag_of_words(pairs.captions)(pairs.captions)
-    if len(embeddings) != len(scenes):
-        raise ValueError(f"{len(embeddings)} embeddings for {len(scenes)} scenes; "
+    embeddings = as_array(embeddings)
+    if len(embeddings) != len(pairs.captions):
+        raise ValueError(f"{len(embeddings)} embeddings for {len(pairs.captions)} scenes; "
                          "expected one each")
     no_step_draws_it = pairs.captions[:1], embeddings[:1]
     return Material(pairs, embeddings, *no_step_draws_it, None)

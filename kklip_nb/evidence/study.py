@@ -6,8 +6,8 @@
 __all__ = ['SEEDS', 'DATASETS', 'SCENE_COUNT', 'SCENES', 'READER', 'EMOJI', 'ONLY_SCENES', 'PLAIN', 'PAIRS_ALONE', 'ROWS',
            'LADDER', 'CONTROLS', 'CORE', 'ENCODERS', 'COLUMNS', 'IMAGE', 'STEPS', 'Row', 'row_recipe', 'read_rows',
            'write_rows', 'settings_hash', 'load_study', 'seed_values', 'Difference', 'paired_difference', 'holm',
-           'compare_rows', 'points', 'starred', 'star_table', 'markdown_table', 'level', 'study_table', 'ladder_table',
-           'other_words_lines', 'gap_closed', 'plot_differences']
+           'compare_rows', 'points', 'starred', 'star_table', 'markdown_text', 'markdown_table', 'level', 'study_table',
+           'ladder_table', 'other_words_lines', 'gap_closed', 'plot_differences']
 
 # %% ../../nbs/evidence/06_study.ipynb #6d972099
 import csv
@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import numpy as np
 from scipy import stats
 
 from ..evaluation import seed_interval
-from ..tools import write_atomically
+from ..tools import as_array, finite_numbers, write_atomically
 from ..recipe import LAPTOP, Recipe
 
 # %% ../../nbs/evidence/06_study.ipynb #6bef2588
@@ -118,10 +119,24 @@ ENCODERS = dict(
 # %% ../../nbs/evidence/06_study.ipynb #510517e0
 def read_rows(
     path: str | Path,  # a CSV file
+    columns: Iterable[str] = (),  # that it must have
 ) -> list[dict[str, str]]:  # none where there is no file
-    "The lines of a CSV file."
+    "The lines of a CSV file; ValueError if one of them was cut or a column is missing."
     if not Path(path).exists(): return []
-    with open(path, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
+    rows = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.DictReader(file)
+            for row in lines:
+                if None in row or None in row.values():
+                    raise ValueError(f"line {lines.line_num} has not as many cells as the first")
+                rows.append(row)
+            if missing := set(columns) - set(lines.fieldnames or ()):
+                raise ValueError(f"it has no column {min(missing)!r}")
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}; expected a whole CSV file in UTF-8; "
+                         "mend what was cut, or delete it") from error
+    return rows
 
 # %% ../../nbs/evidence/06_study.ipynb #06c01
 def write_rows(
@@ -129,6 +144,7 @@ def write_rows(
     rows: Sequence[Mapping[str, Any]],  # lines with the same columns
 ) -> None:
     "A CSV file, whole or not at all."
+    if not rows: raise ValueError(f"no lines to write into {path}")
     def write(part: Path) -> None:
         with open(part, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -155,15 +171,22 @@ def load_study(
     path: str | Path,  # results/study.csv
 ) -> list[dict[str, str]]:  # a dict a run
     "The runs, if all belong to the committed rows and settings; else a ValueError names the line."
-    if not (runs := read_rows(path)): raise FileNotFoundError(f"no {path}; run: make study-core")
+    runs, seen = read_rows(path, ("row", "dataset", "seed", "settings_hash")), set()
+    if not runs: raise FileNotFoundError(f"no {path}; run: make study-core")
     for number, run in enumerate(runs, 2):
-        name, dataset, seed = run["row"], run["dataset"], int(run["seed"])
+        name, dataset, seed = run["row"], run["dataset"], run["seed"]
         place = f"{path}, line {number}"
-        known = {*ENCODERS[dataset], *(n for n, row in ROWS.items() if dataset in row.datasets)}
+        known = {n for n, row in ROWS.items() if dataset in row.datasets}
+        known |= {*ENCODERS.get(dataset, ())}
         if name not in known:
             raise ValueError(f"{place}: there is no row {name!r} in {dataset!r}; "
                              "delete the line, or run: make study")
-        if run["settings_hash"] != settings_hash(name, dataset, seed):
+        if (name, dataset, seed) in seen:
+            raise ValueError(f"{place}: a second line of {name!r}, {dataset}, seed {seed}; "
+                             "delete one of them")
+        seen.add((name, dataset, seed))
+        ours = [settings_hash(name, dataset, s) for s in SEEDS if str(s) == seed]
+        if [run["settings_hash"]] != ours:
             raise ValueError(f"{place}: {name!r}, {dataset}, seed {seed} "
                              "was run with other settings; run: make study")
     return runs
@@ -179,9 +202,11 @@ def seed_values(
     metrics, found = metric.split("+"), {}
     for run in runs:
         if (run.get("dataset") or "openmoji", run["row"]) != (dataset, name): continue
-        if all(run.get(m) for m in metrics):
-            found[int(run["seed"])] = np.mean([float(run[m]) for m in metrics])
-    return np.array([found[s] for s in SEEDS] if set(SEEDS) <= set(found) else [])
+        values = [run.get(m) for m in metrics]
+        if any(v in (None, "") or v != v for v in values): continue  # pandas has NaN for a blank
+        found[int(run["seed"])] = np.mean([float(v) for v in values])
+    if not set(SEEDS) <= set(found): return np.array([])
+    return finite_numbers(f"{metric} of {name!r} on {dataset}", [found[s] for s in SEEDS])
 
 # %% ../../nbs/evidence/06_study.ipynb #74ac2ed6
 class Difference(NamedTuple):
@@ -199,8 +224,9 @@ def paired_difference(
     if len(values) != len(base) or len(values) < 2:
         raise ValueError(f"{len(values)} and {len(base)} values; "
                          "expected the same seeds, at least two")
-    mean, half = seed_interval(np.asarray(values) - base)
-    if np.allclose(values, base): return Difference(0.0, half, 1.0)
+    values, base = finite_numbers("values", values), finite_numbers("base", base)
+    mean, half = seed_interval(values - base)
+    if not (values - base).any(): return Difference(0.0, 0.0, 1.0)
     return Difference(mean, half, float(stats.ttest_rel(values, base).pvalue))
 
 # %% ../../nbs/evidence/06_study.ipynb #60a4709c
@@ -208,7 +234,7 @@ def holm(
     p_values: Sequence[float] | np.ndarray,  # of all comparisons that are looked at together
 ) -> np.ndarray:  # adjusted, in the same order and shape; compare with 0.05
     "Holm's step-down correction: the chance of even one false discovery stays below the level."
-    p = np.asarray(p_values, np.float64)
+    p = as_array(p_values).astype(np.float64)
     if not p.size or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values {p}; expected numbers from 0 to 1, at least one")
     order = np.argsort(p, axis=None)
@@ -265,6 +291,7 @@ def starred(
     found: Mapping[Any, Difference],  # of compare_rows: all cells of one table
 ) -> set:  # the keys of those that are below 5 % after Holm
     "Which cells of a table get a star."
+    if not found: return set()
     return {key for key, q in zip(found, holm([d.p for d in found.values()])) if q < 0.05}
 
 # %% ../../nbs/evidence/06_study.ipynb #06c04
@@ -276,12 +303,22 @@ def star_table(
     return {key: f"{d.mean:+.1f} ± {d.half:.1f}{'*' * (key in stars)}" for key, d in found.items()}
 
 # %% ../../nbs/evidence/06_study.ipynb #06tables
+def markdown_text(
+    name: str,  # such as a row's
+) -> str:  # without what Markdown would take for markup
+    "A name that a table shows as it is written."
+    return re.sub(r"([\\`*_$<&~\[\]])", r"\\\1", name)
+
 def markdown_table(
-    head: Sequence[str],
+    head: Sequence[str],  # Markdown, as the cells are; a name goes through markdown_text
     rows: Iterable[Sequence[str]],  # as many cells each
 ) -> str:
     "A table in Markdown."
-    line = lambda cells: "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+    def line(cells):
+        if len(cells) != len(head):
+            raise ValueError(f"{len(cells)} cells, {cells}; expected {len(head)} in each row")
+        cells = [re.sub(r"(?<!\\)\|", r"\\|", " ".join(str(c).split())) for c in cells]
+        return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
     return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)]) + "\n"
 
 # %% ../../nbs/evidence/06_study.ipynb #06c05
@@ -304,16 +341,19 @@ def study_table(
 ) -> str:  # Markdown
     "Mean of the base and differences to it in points, with stars."
     columns = [c for c in COLUMNS if dataset in (None, c[0])]
+    if not columns: raise ValueError(f"dataset={dataset!r}; expected one of {DATASETS}, or None")
     found = compare_rows(runs, dict.fromkeys(names, base), columns)
     if not found:
-        raise ValueError(f"none of {list(names)} has been run with all seeds; run: make study")
+        raise ValueError(f"none of {list(names)} has been run with all seeds beside {base!r}; "
+                         "run: make study")
     text, names = star_table(found), list(dict.fromkeys(name for name, _, _ in found))
     def row(dataset: str, metric: str) -> list[str]:
-        own = f"{100 * seed_values(runs, dataset, base, metric).mean():.1f}"
+        own = f"{points(metric) * seed_values(runs, dataset, base, metric).mean():.1f}"
         cells = [text.get((name, dataset, metric), "") for name in names]
         return [COLUMNS[dataset, metric], own, *cells]
     columns = dict.fromkeys(key[1:] for key in found)
-    return markdown_table(["", base, *names], (row(*c) for c in columns))
+    head = ["", *map(markdown_text, [base, *names])]
+    return markdown_table(head, (row(*c) for c in columns))
 
 # %% ../../nbs/evidence/06_study.ipynb #88b74459
 STEPS = {"words_seen_all_ap": "other words, AP", "words_heldout_all_ap": "held-out pictures, AP",
@@ -335,7 +375,7 @@ def ladder_table(
         values = points(m) * seed_values(runs, "openmoji", n, m)
         return f"{values.mean():.1f}" if len(values) else "–"
     names = [n for n in names if len(seed_values(runs, "openmoji", n, "i2t_r5"))]
-    rows = [[n, *(cell(n, m) for m in STEPS)] for n in names]
+    rows = [[markdown_text(n), *(cell(n, m) for m in STEPS)] for n in names]
     rows += [[title, *(mean(n, m) for m in STEPS)] for n, title in _BELOW.items()]
     return markdown_table(["", *STEPS.values()], rows)
 
@@ -375,12 +415,17 @@ def plot_differences(
 ) -> None:
     "Differences with their single 95 % intervals, one line per column, one marker per row."
     rows, lines = list(dict.fromkeys(name for name, _, _ in found)), np.arange(len(columns))
+    lacking = [c for c in columns if any((name, *c) not in found for name in rows)]
+    if lacking or not 1 <= len(rows) <= len(_STYLES):
+        raise ValueError(f"{len(rows)} rows, not all with {lacking}; expected 1 to "
+                         f"{len(_STYLES)}, each with all columns")
+    plain = lambda text: text.replace("$", r"\$")  # or a formula begins
     for i, (name, (marker, colour)) in enumerate(zip(rows, _STYLES)):
         ds, y = [found[name, *c] for c in columns], lines + 0.16 * (i - (len(rows) - 1) / 2)
         look = dict(fmt=marker, color=colour, capsize=2, ms=5, lw=1)
-        ax.errorbar([d.mean for d in ds], y, xerr=[d.half for d in ds], label=name, **look)
+        ax.errorbar([d.mean for d in ds], y, xerr=[d.half for d in ds], label=plain(name), **look)
     ax.axvline(0, color="black", lw=0.8)
-    ax.set_yticks(lines, list(columns.values()))
+    ax.set_yticks(lines, [*map(plain, columns.values())])
     ax.invert_yaxis()
     ax.set(xlabel="points above plain CLIP (single 95 % intervals over five seeds, paired)",
            title="Right of the line: better than plain CLIP")

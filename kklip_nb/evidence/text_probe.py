@@ -9,7 +9,10 @@ __all__ = ['Autoencoder', 'build_autoencoder', 'caption_tokens', 't5_vectors', '
            'probe_scores', 'matches_by_kind']
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #7f918fce
-from collections.abc import Callable, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +22,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data import fold_caption
 from ..evaluation import bootstrap_interval
 from ..student import Towers, tokenize
 from ..teacher import mean_pool
-from ..tools import finite_matrix
+from ..tools import as_array, finite_matrix
 from ..training import learning_rate
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #e7b8ee5f
@@ -30,6 +34,17 @@ class Autoencoder(NamedTuple):
     "A T5: its encoder is pooled to one vector per caption, its decoder writes the caption again."
     model: Any  # transformers T5ForConditionalGeneration
     tokenizer: Any  # that ends each caption with its end token
+
+# %% ../../nbs/evidence/02_text_probe.ipynb #captions01
+def _texts(captions: Iterable[str]) -> list[str]:
+    "The captions as a list, accents composed; ValueError unless they are texts, at least one."
+    texts = [] if isinstance(captions, str) else list(captions)
+    if not texts:
+        raise ValueError(f"no captions in {captions!r}; expected a list of captions, not empty")
+    bad = [t for t in texts if not isinstance(t, str) or re.search("[\ud800-\udfff]", t)]
+    if bad:
+        raise ValueError(f"{len(bad)} captions are no text, such as {bad[0]!r}; drop them")
+    return [unicodedata.normalize("NFC", t) for t in texts]
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #37a01897
 def _empty_bpe() -> Any:
@@ -69,6 +84,26 @@ def _small_t5(captions: Sequence[str], seed: int) -> tuple[Any, Any]:
             nn.init.normal_(attention.relative_attention_bias.weight, std=2.0)
     return model, tokenizer
 
+# %% ../../nbs/evidence/02_text_probe.ipynb #loadt501
+def _load_t5(name: str) -> tuple[Any, Any]:
+    "A T5 and its tokenizer; ValueError unless all its weights are there."
+    from transformers import AutoTokenizer, T5ForConditionalGeneration
+    expected = "expected a T5 on the hub, such as 't5-large', or a folder with one"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, info = T5ForConditionalGeneration.from_pretrained(name, output_loading_info=True)
+    except Exception as error:  # of transformers, tokenizers or safetensors
+        there = Path(name).is_dir() and any(Path(name).iterdir())
+        kind = ValueError if there else FileNotFoundError
+        raise kind(f"cannot load T5 {name!r}: {error}; {expected}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"{name!r} ({model.config.model_type}) lacks {len(missing)} weights "
+                         f"of a T5, such as {missing[0]!r}; {expected}")
+    if tokenizer("a")["input_ids"][-1] != model.config.eos_token_id or not tokenizer.pad_token:
+        raise ValueError(f"the tokenizer of {name!r} has no padding, or does not end captions "
+                         f"with the model's end token; {expected}")
+    return model, tokenizer
+
 # %% ../../nbs/evidence/02_text_probe.ipynb #0b9878fe
 def build_autoencoder(
     captions: Sequence[str],  # training captions: the small T5 takes its vocabulary from them
@@ -77,16 +112,8 @@ def build_autoencoder(
     device: str = "cpu",  # where the model runs
 ) -> Autoencoder:
     "A T5 to train with train_autoencoder; raises FileNotFoundError if there is no T5 of that name."
-    from transformers import AutoTokenizer, T5ForConditionalGeneration
-    if isinstance(captions, str) or not len(captions):
-        raise ValueError(f"captions={captions!r}; expected a list of captions, not empty")
-    if not name: model, tokenizer = _small_t5(captions, seed)
-    else:
-        kinds = T5ForConditionalGeneration, AutoTokenizer
-        try: model, tokenizer = (kind.from_pretrained(name) for kind in kinds)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"cannot load T5 {name!r}: {error}; expected a T5 on the hub, "
-                                    "such as 't5-large', or a folder with one") from error
+    captions = _texts(captions)
+    model, tokenizer = _load_t5(name) if name else _small_t5(captions, seed)
     return Autoencoder(model.to(device).eval(), tokenizer)
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #af5da9fa
@@ -95,7 +122,7 @@ def caption_tokens(
     captions: Sequence[str],  # n captions
 ) -> tuple[torch.Tensor, torch.Tensor]:  # ids (n, t), mask (n, t): 1 for tokens, 0 for padding
     "T5's tokens with the end token, padded on the right to the longest caption."
-    tokens = autoencoder.tokenizer(list(captions), return_tensors="pt", padding=True)
+    tokens = autoencoder.tokenizer(_texts(captions), return_tensors="pt", padding=True)
     tokens = tokens.to(autoencoder.model.device)
     return tokens["input_ids"], tokens["attention_mask"]
 
@@ -143,7 +170,6 @@ def _descend(
     progress: bool = False,
 ) -> list[float]:  # loss of each step
     "AdamW on the decoder's loss over random batches."
-    if not len(captions): raise ValueError("no captions: expected at least one to train on")
     if steps < 1 or batch_size < 1 or not lr > 0:
         raise ValueError(f"steps={steps}, batch_size={batch_size}, lr={lr}; expected all above 0")
     ids, mask = caption_tokens(autoencoder, captions)
@@ -172,27 +198,31 @@ def train_autoencoder(
     progress: bool = False,  # show a bar
 ) -> list[float]:  # loss of each step
     "The proof of concept: caption → encoder → one vector → decoder → the same caption."
-    model = autoencoder.model.train().requires_grad_(True)
+    captions, model = _texts(captions), autoencoder.model
+    model.train().requires_grad_(True)
     vectors_of = lambda rows, ids, mask: t5_vectors(autoencoder, ids, mask)
     how = dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress)
-    losses = _descend(autoencoder, list(model.parameters()), vectors_of, captions, **how)
-    model.eval().zero_grad()
-    return losses
+    try: return _descend(autoencoder, list(model.parameters()), vectors_of, captions, **how)
+    finally: model.eval().zero_grad()  # after an interruption, too
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #720c7af1
 @torch.inference_mode()
 def read_back(
     autoencoder: Autoencoder,
-    vectors: torch.Tensor,  # (n, d) of T5's dimension
+    vectors: np.ndarray | torch.Tensor,  # (n, d) of T5's dimension
     max_tokens: int = 64,  # a longer caption is cut
     batch_size: int = 256,  # captions at once
 ) -> list[str]:  # n captions
     "Greedy decoding: the decoder reads its *own* most probable tokens, until its end token."
     from transformers.modeling_outputs import BaseModelOutput
-    model, captions = autoencoder.model, []
+    model, captions = autoencoder.model.eval(), []
+    vectors = torch.from_numpy(finite_matrix("vectors", vectors))
+    if vectors.shape[1] != model.config.d_model or max_tokens < 1 or batch_size < 1:
+        raise ValueError(f"vectors {tuple(vectors.shape)}, max_tokens={max_tokens}, batch_size="
+                         f"{batch_size}; expected (n, {model.config.d_model}), the others above 0")
     how = dict(max_new_tokens=max_tokens, do_sample=False, num_beams=1)
     for start in range(0, len(vectors), batch_size):
-        shown = vectors[start:start + batch_size, None].to(model.device)
+        shown = vectors[start:start + batch_size, None].to(model.device, model.dtype)
         seen = BaseModelOutput(last_hidden_state=shown)
         ids = model.generate(encoder_outputs=seen, **how)
         captions += autoencoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -205,27 +235,28 @@ def autoencode(
     captions: Sequence[str],  # n captions
 ) -> list[str]:  # n captions, as T5 writes them from its own vector
     "The proof of concept: captions through T5's own encoder and back."
-    read = []
+    captions, read = _texts(captions), []
+    autoencoder.model.eval()
     for start in range(0, len(captions), 256):
-        tokens = caption_tokens(autoencoder, captions[start:start + 256])
-        read += read_back(autoencoder, t5_vectors(autoencoder, *tokens))
+        ids, mask = caption_tokens(autoencoder, captions[start:start + 256])
+        longest = max(64, ids.shape[1])
+        read += read_back(autoencoder, t5_vectors(autoencoder, ids, mask), longest)
     return read
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #1b4e59e7
-def _check_read(truth: Sequence[str], read: Sequence[str]) -> None:
-    if isinstance(truth, str) or isinstance(read, str):
-        raise ValueError("expected two lists of captions, got a single string")
-    if not len(truth) or len(truth) != len(read):
-        raise ValueError(f"{len(read)} captions read back of {len(truth)}; "
-                         "expected one each, at least one")
+def _both(truth: Sequence[str], read: Sequence[str]) -> list[tuple[str, str]]:
+    "Each caption beside what was read back of it."
+    truth, read = _texts(truth), _texts(read)
+    if len(truth) != len(read):
+        raise ValueError(f"{len(read)} captions read back of {len(truth)}; expected one each")
+    return list(zip(truth, read))
 
 def exact_matches(
     truth: Sequence[str],  # n captions
     read: Sequence[str],  # what was read back of each
 ) -> np.ndarray:  # (n,) 1.0 where the caption came back verbatim, 0.0 where not
     "The paper's measure: every word, in order; case and punctuation count."
-    _check_read(truth, read)
-    return np.array([float(a == b) for a, b in zip(truth, read)])
+    return np.array([float(a == b) for a, b in _both(truth, read)])
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #44ab5f02
 def edit_distance(
@@ -246,8 +277,7 @@ def edit_distances(
     read: Sequence[str],  # what was read back of each
 ) -> np.ndarray:  # (n,) 0 (verbatim) … 1 (no word in its place)
     "Words to change, as a share of the longer caption's words."
-    _check_read(truth, read)
-    pairs = [(a.split(), b.split()) for a, b in zip(truth, read)]
+    pairs = [(a.split(), b.split()) for a, b in _both(truth, read)]
     return np.array([edit_distance(a, b) / max(len(a), len(b), 1) for a, b in pairs])
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #3da4f36d
@@ -257,7 +287,7 @@ def token_accuracy(
     mask: np.ndarray | torch.Tensor,  # (n, t) 1 for tokens, 0 for padding of the target
 ) -> tuple[float, np.ndarray]:  # share of right tokens; (t,) by position, NaN if none is there
     "Right tokens among those that are not padding: all of them, and by position."
-    p, y, m = (np.asarray(a) for a in (predicted, target, mask))
+    p, y, m = (as_array(a) for a in (predicted, target, mask))
     if not (p.shape == y.shape == m.shape and m.ndim == 2):
         raise ValueError(f"shapes {p.shape}, {y.shape}, {m.shape}; "
                          "expected three times the same (n, t)")
@@ -305,6 +335,7 @@ def fit_probe(
     progress: bool = False,  # show a bar
 ) -> tuple[Probe, list[float]]:  # the probe, on the autoencoder's device; loss of each step
     "Train a linear layer and a layer normalisation between frozen vectors and the frozen decoder."
+    captions = _texts(captions)
     model, rows_in = autoencoder.model.eval().requires_grad_(False), _vectors(vectors, captions)
     width = model.config.d_model
     with torch.random.fork_rng([]):
@@ -337,11 +368,13 @@ def probe_captions(
     **settings: Any,  # of fit_probe: steps, batch_size, lr, seed, progress
 ) -> list[str]:  # what is read back of the test captions
     "The whole protocol for one encoder: fit the adapter on some captions, read back others."
-    if shared := set(train) & set(test):
+    train, test = _texts(train), _texts(test)
+    if shared := {*map(fold_caption, train)} & {*map(fold_caption, test)}:
         raise ValueError(f"{len(shared)} captions lie in train and test, such as {min(shared)!r}; "
                          "split by caption")
-    probe, _ = fit_probe(autoencoder, encode(list(train)), train, **settings)
-    return read_back(autoencoder, probe_inputs(probe, encode(list(test))))
+    probe, _ = fit_probe(autoencoder, encode(train), train, **settings)
+    longest = max(64, caption_tokens(autoencoder, test)[0].shape[1])
+    return read_back(autoencoder, probe_inputs(probe, encode(test)), longest)
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #b8900937
 def lookup(
@@ -349,8 +382,10 @@ def lookup(
     captions: Sequence[str],
 ) -> Callable[[Sequence[str]], np.ndarray]:  # captions, all of them among the n → their rows
     "An array of vectors as an encoder: for vectors that were computed before."
+    captions = _texts(captions)
     rows = dict(zip(captions, _vectors(vectors, captions)))
     def encode(wanted):
+        wanted = _texts(wanted)
         if unknown := [c for c in wanted if c not in rows]:
             raise ValueError(f"no vector of {unknown[0]!r}; {len(unknown)} such captions; "
                              "embed them first")
@@ -378,5 +413,6 @@ def matches_by_kind(
     hits = exact_matches(truth, read)
     if len(kinds) != len(hits):
         raise ValueError(f"{len(kinds)} kinds for {len(hits)} captions; expected one each")
-    groups = {kind: hits[np.array(kinds) == kind] for kind in kinds}
-    return {kind: (float(h.mean()), len(h)) for kind, h in groups.items()}
+    groups = {}
+    for kind, hit in zip(kinds, hits): groups.setdefault(kind, []).append(hit)
+    return {kind: (float(np.mean(h)), len(h)) for kind, h in groups.items()}
