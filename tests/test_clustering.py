@@ -251,7 +251,7 @@ def test_damage_caption_changed_after_embedding(files):
 
 
 def test_damage_caption_emptied_after_embedding(files):
-    spoil(files, "txt", b"")
+    for ending in ("txt", "json"): spoil(files, ending, b"")
     with pytest.raises(ValueError, match="(?=.*00001)(?=.*000010002)"): files.join()
 
 

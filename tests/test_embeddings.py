@@ -106,11 +106,13 @@ def test_hostile_other_format_called_jpg(files, kind):
 
 
 def test_damage_empty_caption(files):
+    spoil(files, "json", None)
     spoil(files, "txt", b" \n\t")
     is_skipped(files, "the caption is empty or missing")
 
 
 def test_damage_caption_not_utf8(files):
+    spoil(files, "json", None)
     spoil(files, "txt", "Käse".encode("latin-1"))
     is_skipped(files, "the caption is no UTF-8 text")
 
@@ -127,7 +129,7 @@ def test_damage_caption_in_json_alone_is_used(files, tmp_path):
 
 
 @pytest.mark.parametrize("text, reason", [(b"[1, 2]", "the json no object"), (b"{", "the json no object"), (b"\xff\xfe", "the json no object"),
-                                          (b'{"caption": 7}', "empty or missing"), (b'{"caption": null}', "empty or missing"), (b"{}", "empty or missing")])
+                                          (b'{"caption": 7}', "the caption is 7; expected text"), (b'{"caption": ["a"]}', "is \\['a'\\]; expected text"), (b'{"caption": null}', "empty or missing"), (b"{}", "empty or missing")])
 def test_damage_json_without_a_caption(files, text, reason):
     spoil(files, "txt", None)
     spoil(files, "json", text)
@@ -152,7 +154,7 @@ def test_hostile_name_of_half_a_letter(files, tmp_path, capsys):
     Path(files.urls[1]).write_bytes(tar_bytes(content))
     embed_shards(files.urls[1:2], tmp_path / "s", embed, **HOW)
     assert open_sidecar(tmp_path / "s" / "00001.safetensors").keys[2] == "0000\udce42"
-    Path(files.urls[1]).write_bytes(tar_bytes([(n, b"" if "\udce4" in n and n.endswith("txt") else d) for n, d in content]))
+    Path(files.urls[1]).write_bytes(tar_bytes([(n, b"" if "\udce4" in n and not n.endswith("jpg") else d) for n, d in content]))
     assert embed_shards(files.urls[1:2], tmp_path / "t", embed, max_skipped=0.2, **HOW)["skipped"] == 1
 
 
@@ -164,7 +166,7 @@ def test_damage_no_usable_sample(files):
 
 def test_damage_shard_without_samples(files):
     Path(files.urls[1]).write_bytes(tar_bytes([("readme", b"no ending, no sample")]))
-    with pytest.raises(ValueError, match="00001.tar: 0 of 0 samples are unusable"): embed_shard(files.urls[1], files.side / "x.safetensors", embed, **HOW)
+    with pytest.raises(ValueError, match="00001.tar holds no samples; expected members"): embed_shard(files.urls[1], files.side / "x.safetensors", embed, **HOW)
 
 
 def test_damage_nan_from_the_teacher(files, tmp_path):
