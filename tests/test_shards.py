@@ -217,7 +217,7 @@ def test_damage_every_member_is_named_that_could_have_helped():
 def test_hostile_pictures_that_make_pillow_raise_anything(monkeypatch):
     "Broken EXIF data has raised ZeroDivisionError and struct.error in other projects; such a sample is skipped."
     for error in (ZeroDivisionError, struct.error, KeyError, MemoryError):
-        def bad(*_, **__): raise error("deep inside")
+        def bad(*_, error=error, **__): raise error("deep inside")
         with monkeypatch.context() as patch:
             patch.setattr(Image.Image, "getexif", bad)
             good, skipped = usable_samples([dict(__key__="k", jpg=JPG, txt=b"x")])

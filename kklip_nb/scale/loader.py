@@ -16,7 +16,7 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,6 +280,9 @@ class ShardStream(IterableDataset):
             for pairs in read_pairs(self.data, parts): yield self.make(pairs, epoch=epoch)
 
 # %% ../../nbs/scale/04_loader.ipynb #8f998017
+_tokenizer = lru_cache(open_clip.SimpleTokenizer)  # it reads its vocabulary from a file, once
+
+
 def read_steps(
     student: Student,
     data: ShardData,
@@ -294,7 +297,7 @@ def read_steps(
 ) -> Iterator[list[Part]]:  # this process's parts of one step
     "What a process reads in a run, with or without workers; the order is the same."
     check_batch(data, recipe, streams, world_size, rank)
-    tokenizer = open_clip.SimpleTokenizer(context_length=student.clip.context_length)
+    tokenizer = _tokenizer(context_length=student.clip.context_length)
     transform = picture_transform(student, augment)
     make = partial(make_part, transform=transform, tokenizer=tokenizer, seed=recipe.seed)
     deal = dict(recipe=recipe, streams=streams, rank=rank, world_size=world_size, done=done)
