@@ -127,6 +127,38 @@ def picture(kind: str = "JPEG", array: np.ndarray | None = None, **how) -> bytes
     return buffer.getvalue()
 
 
+def odd_pictures() -> dict[str, tuple[bytes, np.ndarray]]:
+    "Encoded pictures of unusual kinds, each with the pixels that a viewer shows, computed without Pillow's conversions."
+    values = np.kron(np.array([[0, 40], [160, 255]]), np.ones((16, 16))).astype(np.uint8)  # four even squares: JPEG keeps them
+    colours = np.stack([values, values.T, 255 - values], -1)
+    clear = np.kron(np.array([[1, 0], [0, 1]]), np.ones((16, 16))).astype(bool)
+    grey, on_white = np.stack([values] * 3, -1), np.where(clear[..., None], 255, colours)
+    def encode(image, kind, **how):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **how)
+        return buffer.getvalue()
+    alpha = Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
+    rgba = Image.merge("RGBA", [*Image.fromarray(colours).split(), alpha])
+    ink = np.concatenate([colours, np.full((32, 32, 1), 51, np.uint8)], -1)  # a fifth of black over all
+    palette = Image.fromarray((values // 80).astype(np.uint8))
+    palette.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    shown = np.array([[255, 255, 255], [200, 0, 0], [0, 200, 0], [0, 0, 200]])[values // 80]
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown a quarter turn clockwise
+    first, second = Image.fromarray(colours), Image.fromarray(255 - colours)
+    half = np.where(values > 100, 255, 0)
+    return {
+        "JPEG": (encode(first, "JPEG", quality=100, subsampling=0), colours), "grey JPEG": (encode(Image.fromarray(values), "JPEG", quality=100), grey),
+        "CMYK JPEG": (encode(Image.fromarray(ink, "CMYK"), "JPEG", quality=100), (255 - colours.astype(float)) * (255 - 51) / 255),
+        "turned JPEG": (encode(first, "JPEG", quality=100, subsampling=0, exif=turned), np.rot90(colours, -1)),
+        "1-bit PNG": (encode(Image.fromarray(values > 100), "PNG"), np.stack([half] * 3, -1)),
+        "16-bit PNG": (encode(Image.fromarray(values.astype(np.uint16) * 257), "PNG"), grey),
+        "palette PNG": (encode(palette, "PNG", transparency=0), shown), "RGBA PNG": (encode(rgba, "PNG"), on_white),
+        "LA PNG": (encode(Image.merge("LA", [Image.fromarray(values), alpha]), "PNG"), np.where(clear[..., None], 255, grey)),
+        "WebP": (encode(rgba, "WEBP", lossless=True), on_white), "animated WebP": (encode(first, "WEBP", lossless=True, save_all=True, append_images=[second]), colours),
+        "animated PNG": (encode(first, "PNG", save_all=True, append_images=[second]), colours)}
+
+
 def png_of(width: int, height: int) -> bytes:
     "A PNG of 70 bytes that claims a size."
     def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

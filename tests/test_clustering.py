@@ -1,6 +1,8 @@
 """Streamed concepts against scikit-learn and naive loops; joined shards; what damaged or hostile files do."""
 
 import errno
+import inspect
+import itertools
 import json
 import pickle
 import shutil
@@ -17,7 +19,7 @@ from shard_files import (D, HOW, HOW_CLUSTERED, K, PAIRS, Bomb, Files, edit, emb
 from sklearn.cluster import KMeans
 from sklearn.metrics import pairwise_distances_argmin_min
 
-from kklip_nb.concepts import Scale, apply_scale, concept_labels, fit_scale, soft_labels
+from kklip_nb.concepts import Scale, apply_scale, concept_labels, fit_concepts, fit_scale, soft_labels
 from kklip_nb.scale import clustering
 from kklip_nb.scale.clustering import (add_up, cluster_shards, draw_rows, first_centroids, join_shard, load_concepts, nearest_of,
                                        save_concepts, spread_out)
@@ -128,6 +130,150 @@ def test_draws_differ_by_seed(tmp_path):
     assert len(draws) == 3
 
 
+def cloud(n: int = 150, d: int = 4, seed: int = 5) -> np.ndarray:
+    "Points without groups: every start and every pass ends elsewhere."
+    return (np.random.default_rng(seed).normal(2, 1, (n, d)) ** 2).astype(np.float16).astype(np.float32)
+
+
+def scaled_by_hand(rows: np.ndarray, how: str) -> np.ndarray:
+    rows = rows.astype(float)
+    if how == "raw": return rows / np.sqrt((rows**2).sum() / len(rows))
+    rows = rows - rows.mean(0)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def nearest_by_hand(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    return np.array([min(range(len(centroids)), key=lambda j: ((x - centroids[j]) ** 2).sum()) for x in points])
+
+
+def start_by_hand(points: np.ndarray, k: int, seed: int) -> np.ndarray:
+    "k-means|| as the paper has it, one point at a time, then scikit-learn twice."
+    sample = points[sorted(np.random.default_rng(seed).permutation(len(points))[:32 * k])].astype(np.float32)
+    rng = np.random.default_rng(seed)
+    picks = list(rng.choice(len(sample), k, replace=False))
+    for _ in range(3):
+        far = np.array([min(((x - sample[p]) ** 2).sum() for p in picks) for x in sample.astype(float)])
+        picks += list(rng.choice(len(sample), min(k, np.count_nonzero(far)), replace=False, p=far / far.sum()))
+    chosen = nearest_by_hand(sample.astype(float), sample[picks])
+    candidates, weights = [], []
+    for i, p in enumerate(picks):
+        mine = sample[chosen == i].astype(float)
+        candidates.append(mine.mean(0) if len(mine) else sample[p])
+        weights.append(len(mine))
+    start = KMeans(k, n_init=1, tol=0, random_state=seed).fit(np.array(candidates), sample_weight=weights).cluster_centers_
+    return KMeans(k, init=start, n_init=1, max_iter=10, tol=0).fit(sample.astype(float)).cluster_centers_
+
+
+@pytest.mark.parametrize("k, seed", [(3, 0), (3, 1), (3, 7), (8, 2), (1, 0)])
+def test_the_start_is_that_of_a_naive_loop(tmp_path, k, seed):
+    "150 rows in uneven shards; of 3 concepts 96 are drawn, of 8 all."
+    ours = first_centroids(sidecars_of(tmp_path, cloud(), 47), RAW(4), k, seed)
+    np.testing.assert_allclose(ours, start_by_hand(cloud(), k, seed), rtol=1e-4)
+    assert ours.dtype == np.float32
+
+
+@pytest.mark.parametrize("k, seed, how, passes, rows", [(5, 0, "unit", 1, 4096), (5, 0, "unit", 2, 20), (5, 3, "unit", 3, 1), (4, 0, "raw", 1, 7), (4, 1, "raw", 4, 4096)])
+def test_the_whole_stage_is_a_naive_loop(tmp_path, k, seed, how, passes, rows):
+    "Scale, start, passes and inertia; and the file says how it was made."
+    sidecars, points = sidecars_of(tmp_path, cloud(), 47), scaled_by_hand(cloud(), how)
+    found = cluster_shards(sidecars, tmp_path / "c", k, seed, how, passes, rows)
+    expected = start_by_hand(points, k, seed)
+    for _ in range(passes):
+        chosen = nearest_by_hand(points, expected)
+        expected = np.array([points[chosen == j].mean(0) if (chosen == j).any() else expected[j] for j in range(k)])
+    np.testing.assert_allclose(found.centroids, expected, rtol=1e-4, atol=1e-6)
+    assert found.inertia == pytest.approx(((points - expected[chosen]) ** 2).sum(), rel=1e-5)  # the last pass's own groups
+    np.testing.assert_allclose(apply_scale(cloud(), found.scale), points, atol=1e-6)
+    said = dict(k=k, seed=seed, normalise=how, passes=passes, rows=rows, width=4) | HOW
+    assert found.meta == {name: str(value) for name, value in said.items()} | dict(sidecars=found.meta["sidecars"])
+    assert found.scale.how == how and found.labels.shape == (0,)
+
+
+@pytest.mark.parametrize("option", [dict(k=4), dict(seed=1), dict(normalise="raw"), dict(passes=3)])
+def test_every_option_changes_the_concepts(tmp_path, option):
+    sidecars = sidecars_of(tmp_path, cloud(), 47)
+    one, other = (cluster_shards(sidecars, tmp_path / name, **dict(k=5) | o).centroids for name, o in (("one", {}), ("other", option)))
+    assert one.shape != other.shape or not np.allclose(one, other, atol=1e-3)
+
+
+def test_what_is_done_unless_told_otherwise():
+    found = {name: p.default for name, p in inspect.signature(cluster_shards).parameters.items() if p.default is not p.empty}
+    assert found == dict(seed=0, normalise="unit", passes=2, rows=4096, save_every=60, progress=False)
+
+
+def test_concepts_come_from_the_sidecars_given_and_from_all_of_them(tmp_path):
+    "A row that is not given moves nothing; each row that is given moves scale and centroids."
+    def fit(name, rows, shards):
+        folder = tmp_path / name
+        found = cluster_shards(sidecars_of(folder, rows, 10)[:shards], folder / "c", 3, passes=1)
+        return found.centroids, found.scale.mean, found.scale.length, found.inertia
+    rows = cloud(40)
+    base = fit("base", rows, 3)
+    held_out = rows.copy()
+    held_out[30:] = 9
+    assert all(map(np.array_equal, base, fit("held-out", held_out, 3)))
+    for row in (0, 9, 10, 29):
+        spoilt = rows.copy()
+        spoilt[row] = -9
+        assert not any(map(np.array_equal, base, fit(f"row {row}", spoilt, 3)))
+
+
+@pytest.mark.parametrize("spoil_one", [lambda d: d[2].update(shard="7"), lambda d: d[2].update(captions="another hash"), lambda d: d.reverse(), lambda d: d.pop()])
+def test_the_captions_and_shards_that_were_read_are_part_of_what_is_said(built, spoil_one):
+    sidecars = open_sidecars(built / "side", list_shards(built / "shards"))
+    entries = [dict(shard=s.shard, captions=s.meta["captions"]) for s in sidecars]
+    spoil_one(entries)
+    changed = [s._replace(shard=e["shard"], meta=s.meta | dict(captions=e["captions"])) for s, e in zip(sidecars, entries)]
+    assert clustering._meta(changed, {})["sidecars"] != clustering._meta(sidecars, {})["sidecars"] == clustering._meta(list(sidecars), {})["sidecars"]
+
+
+def test_draws_are_even_over_all_rows_of_all_shards(tmp_path):
+    "3 of 20 rows in uneven shards, 300 times: 45 draws a row, give or take 6."
+    sidecars = sidecars_of(tmp_path, np.arange(20, dtype=np.float32)[:, None], 7)
+    counts = np.bincount(np.concatenate([draw_rows(sidecars, RAW(1), 3, seed).ravel() for seed in range(300)]).astype(int), minlength=20)
+    assert counts.sum() == 900 and counts.min() > 20 and counts.max() < 70
+
+
+def test_draws_are_scaled_and_cross_slices(tmp_path):
+    "One shard of more rows than are read at once, and one of few."
+    rows = np.arange(4200, dtype=np.float32)[:, None] % 2000 + 1
+    drawn = draw_rows(sidecars_of(tmp_path, rows, 4197), Scale(np.zeros(1, np.float32), 4.0, "raw"), 4200, 0)
+    np.testing.assert_array_equal(drawn, rows / 4)
+
+
+def test_the_state_is_saved_when_the_time_has_come(built, tmp_path, monkeypatch):
+    "A pass over a shard takes 25 seconds; saved at least 60 seconds after the last time."
+    clock, saved, real = itertools.count(0, 25), [], clustering.save_tensors
+    monkeypatch.setattr(clustering.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(clustering, "save_tensors", lambda path, state, meta: (saved.append(int(state["done"][0])), real(path, state, meta))[1])
+    fit_stream(open_sidecars(built / "side", list_shards(built / "shards")), 3, passes=4, state_path=tmp_path / "state.safetensors", save_every=60)
+    assert saved == [3, 6, 9, 12]  # seconds 75; then 100 begins anew, 125, 150, 175
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "list", "gradient", "float64", "columns first"])
+def test_distances_of_all_that_holds_numbers(kind):
+    "Squares of 200 are beyond half precision."
+    rng = np.random.default_rng(0)
+    points, centroids = (np.round(rng.uniform(-200, 200, (n, 60))).astype(np.float16) for n in (40, 7))
+    def given(x):
+        kinds = dict(float16=x, list=x.tolist(), float64=x.astype(float), bfloat16=torch.tensor(x.astype(np.float32)).bfloat16())
+        return kinds.get(kind, torch.tensor(x, requires_grad=True) if kind == "gradient" else np.asfortranarray(x))
+    if kind == "bfloat16": points, centroids = (torch.tensor(x.astype(np.float32)).bfloat16().float().numpy() for x in (points, centroids))
+    which, far = nearest_of(given(points), given(centroids))
+    squares = ((points.astype(float)[:, None] - centroids.astype(float)) ** 2).sum(2)
+    np.testing.assert_array_equal(which, squares.argmin(1))
+    np.testing.assert_allclose(far, squares.min(1), rtol=1e-4)
+    sums, counts = np.zeros((7, 60)), np.zeros(7, int)
+    add_up(given(points), given(centroids), sums, counts)
+    np.testing.assert_allclose(sums, [points[squares.argmin(1) == j].astype(float).sum(0) for j in range(7)])
+    assert counts.tolist() == np.bincount(squares.argmin(1), minlength=7).tolist()
+
+
+def test_a_point_on_its_centroid_is_not_at_a_negative_distance():
+    points = cloud(300, 30).astype(np.float32) * 100
+    assert nearest_of(points, points[:50])[1].min() == 0
+
+
 def test_same_seed_same_bytes_and_another_seed_others(built):
     sidecars = open_sidecars(built / "side", list_shards(built / "shards"))
     one, two, other = (fit_stream(sidecars, 4, seed, rows=3).centroids.tobytes() for seed in (0, 0, 1))
@@ -204,6 +350,22 @@ def test_join_puts_the_same_pair_in_every_row(files):
         assert joined.targets.dtype == np.float32
 
 
+@pytest.mark.parametrize("normalise", ["unit", "raw"])
+def test_joined_targets_are_scaled_as_the_concepts_are(files, tmp_path, normalise):
+    concepts = cluster_shards(files.sidecars(), tmp_path / "c", K, normalise=normalise)
+    rows = embed([c for _, c in pairs()]).astype(np.float16)
+    targets = [join_shard(u, s, load_concepts(tmp_path / "c" / "concepts.safetensors")).targets for u, s in zip(files.urls, files.sidecars())]
+    np.testing.assert_allclose(np.concatenate(targets), scaled_by_hand(rows, normalise), atol=1e-5)
+    assert concepts.scale.how == normalise
+
+
+def test_joining_decodes_no_picture(files):
+    "A picture cut since is found when it is used; its header alone is read here."
+    image = dict(members(files.urls[1]))["000010002.jpg"]
+    spoil(files, "jpg", image[:-200])
+    assert files.join().samples[2].image == image[:-200]
+
+
 def test_join_leaves_skipped_samples_out(files, tmp_path):
     spoil(files, "jpg", b"no picture")
     embed_shards(files.urls, tmp_path / "s", embed, max_skipped=0.2, **HOW)
@@ -251,7 +413,7 @@ def test_damage_caption_changed_after_embedding(files):
 
 
 def test_damage_caption_emptied_after_embedding(files):
-    spoil(files, "txt", b"")
+    for ending in ("txt", "json"): spoil(files, ending, b"")
     with pytest.raises(ValueError, match="(?=.*00001)(?=.*000010002)"): files.join()
 
 
@@ -344,6 +506,62 @@ def test_damage_state_of_another_run(files, tmp_path):
     for other in (dict(k=4), dict(k=3, seed=1), dict(k=3, rows=2), dict(k=3, passes=2), dict(k=3, normalise="raw")):
         with pytest.raises(ValueError, match="state.safetensors was made otherwise"): fit_stream(files.sidecars(), **{"passes": 1, **other}, state_path=state)
     with pytest.raises(ValueError, match="state.safetensors was made otherwise.*sidecars"): fit_stream(files.sidecars()[1:], 3, passes=1, state_path=state)
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1] + bytes([d[-1] ^ 1]), lambda d: b"", lambda d: d[:40], None])
+@pytest.mark.parametrize("what", ["concepts", "state"])
+def test_damage_of_any_kind_is_found_before_a_file_is_used(files, what, change):
+    path = files.concepts / f"{what}.safetensors"
+    if what == "state":
+        settings = dict(k=K, seed=0, normalise="unit", passes=2, rows=5)
+        (files.concepts / "concepts.safetensors").unlink()
+        clustering._save(path, clustering._start(files.sidecars(), K, 0, "unit", 5), clustering._meta(files.sidecars(), settings))
+    data = path.read_bytes()
+    path.unlink()
+    if change: path.write_bytes(change(data))
+    else: path.mkdir()
+    with pytest.raises(ValueError, match=f"{what}.safetensors holds no .*delete it" if change else f"cannot read .*{what}.safetensors: .*directory"):
+        cluster_shards(files.sidecars(), files.concepts, K, **HOW_CLUSTERED)
+    if change is None: path.rmdir()
+    path.write_bytes(data)
+    cluster_shards(files.sidecars(), files.concepts, K, **HOW_CLUSTERED)  # the whole one is taken
+
+
+@pytest.mark.parametrize("lost", ["centroids", "mean", "length", "inertia", "normalise"])
+def test_damage_concepts_of_another_version(files, lost):
+    path = files.concepts / "concepts.safetensors"
+    tensors, meta = clustering._load(path, "concepts")
+    clustering._save(path, {k: v for k, v in tensors.items() if k != lost}, {k: v for k, v in meta.items() if k != lost})
+    with pytest.raises(ValueError, match=f"concepts.safetensors holds no concepts .without .'{lost}'.*of another version"): files.join()
+
+
+def test_damage_sidecars_of_two_teachers_and_none_at_all(files, tmp_path):
+    edit(files.side / "00001.safetensors", teacher="other")
+    mixed = [open_sidecar(files.side / f"{i:05d}.safetensors") for i in range(3)]
+    with pytest.raises(ValueError, match="00001.safetensors was made otherwise.*'teacher': .'other', 'fake'"): cluster_shards(mixed, tmp_path / "c", K)
+    with pytest.raises(ValueError, match="no sidecars"): cluster_shards([], tmp_path / "c", K)
+    assert np.array_equal(cluster_shards(iter(mixed[::2]), tmp_path / "d", K).centroids, cluster_shards(mixed[::2], tmp_path / "e", K).centroids)
+
+
+@pytest.mark.parametrize("wrong, match", [(dict(passes=0), "passes=0"), (dict(passes=-1), "passes=-1"), (dict(seed=-1), "seed=-1"), (dict(rows=0), "rows=0"), (dict(normalise="l2"), "normalise='l2'")])
+def test_damage_settings_that_cannot_be(files, tmp_path, wrong, match):
+    with pytest.raises(ValueError, match=match): cluster_shards(files.sidecars(), tmp_path / "c", **dict(k=K) | wrong)
+    assert not list((tmp_path / "c").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("normalise", ["unit", "raw"])
+def test_damage_embeddings_of_zeros(tmp_path, normalise):
+    with pytest.raises(ValueError, match="all embeddings are zero"): cluster_shards(sidecars_of(tmp_path, np.zeros((6, D)), 3), tmp_path / "c", 2, normalise=normalise)
+
+
+def test_damage_concepts_that_no_shard_has_given(tmp_path):
+    with pytest.raises(ValueError, match="concepts without scale and meta"): save_concepts(tmp_path / "c.safetensors", fit_concepts(cloud(), 3))
+
+
+def test_what_a_killed_run_has_left_is_removed(files):
+    for name in ("concepts", "state"): (files.concepts / f".{name}.safetensors.7.part").write_bytes(b"half")
+    cluster_shards(files.sidecars(), files.concepts, K, **HOW_CLUSTERED)
+    assert [p.name for p in files.concepts.iterdir() if not p.name.endswith(".lock")] == ["concepts.safetensors"]
 
 
 def test_damage_truncated_state(files, tmp_path):

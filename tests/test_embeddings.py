@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
-from shard_files import (D, HOW, Files, edit, embed, is_skipped, members, picture, png_of, rewrite,
+from shard_files import (D, HOW, Files, edit, embed, is_skipped, members, pairs, picture, png_of, rewrite,
                          spoil, tar_bytes)
 
 from kklip_nb import tools
 from kklip_nb.scale.embeddings import embed_shard, embed_shards, open_sidecar, open_sidecars, read_rows, slices_of
-from kklip_nb.scale.shards import list_shards, open_picture, read_shard, run_lock, shard_name
+from kklip_nb.scale.shards import list_shards, open_picture, read_shard, run_lock, shard_name, write_shards
 
 
 def test_sidecars_hold_the_teachers_rows_in_shard_order(built):
@@ -106,11 +107,13 @@ def test_hostile_other_format_called_jpg(files, kind):
 
 
 def test_damage_empty_caption(files):
+    spoil(files, "json", None)
     spoil(files, "txt", b" \n\t")
     is_skipped(files, "the caption is empty or missing")
 
 
 def test_damage_caption_not_utf8(files):
+    spoil(files, "json", None)
     spoil(files, "txt", "Käse".encode("latin-1"))
     is_skipped(files, "the caption is no UTF-8 text")
 
@@ -127,7 +130,7 @@ def test_damage_caption_in_json_alone_is_used(files, tmp_path):
 
 
 @pytest.mark.parametrize("text, reason", [(b"[1, 2]", "the json no object"), (b"{", "the json no object"), (b"\xff\xfe", "the json no object"),
-                                          (b'{"caption": 7}', "empty or missing"), (b'{"caption": null}', "empty or missing"), (b"{}", "empty or missing")])
+                                          (b'{"caption": 7}', "the caption is 7; expected text"), (b'{"caption": ["a"]}', "is \\['a'\\]; expected text"), (b'{"caption": null}', "empty or missing"), (b"{}", "empty or missing")])
 def test_damage_json_without_a_caption(files, text, reason):
     spoil(files, "txt", None)
     spoil(files, "json", text)
@@ -152,7 +155,7 @@ def test_hostile_name_of_half_a_letter(files, tmp_path, capsys):
     Path(files.urls[1]).write_bytes(tar_bytes(content))
     embed_shards(files.urls[1:2], tmp_path / "s", embed, **HOW)
     assert open_sidecar(tmp_path / "s" / "00001.safetensors").keys[2] == "0000\udce42"
-    Path(files.urls[1]).write_bytes(tar_bytes([(n, b"" if "\udce4" in n and n.endswith("txt") else d) for n, d in content]))
+    Path(files.urls[1]).write_bytes(tar_bytes([(n, b"" if "\udce4" in n and not n.endswith("jpg") else d) for n, d in content]))
     assert embed_shards(files.urls[1:2], tmp_path / "t", embed, max_skipped=0.2, **HOW)["skipped"] == 1
 
 
@@ -164,7 +167,101 @@ def test_damage_no_usable_sample(files):
 
 def test_damage_shard_without_samples(files):
     Path(files.urls[1]).write_bytes(tar_bytes([("readme", b"no ending, no sample")]))
-    with pytest.raises(ValueError, match="00001.tar: 0 of 0 samples are unusable"): embed_shard(files.urls[1], files.side / "x.safetensors", embed, **HOW)
+    with pytest.raises(ValueError, match="00001.tar holds no samples; expected members"): embed_shard(files.urls[1], files.side / "x.safetensors", embed, **HOW)
+
+
+@pytest.mark.parametrize("kind", ["list", "rows", "float64", "float16", "columns first", "tensor", "gradient", "bfloat16", "list of tensors", "whole numbers", "pandas", "read-only"])
+def test_what_a_teacher_may_return(files, tmp_path, kind):
+    pandas = pytest.importorskip("pandas") if kind == "pandas" else None
+    def given(captions):
+        rows = embed(captions)
+        if kind == "bfloat16": return torch.tensor(rows).bfloat16()
+        if kind == "whole numbers": return (100 * rows).astype(np.int32)
+        if kind == "read-only": rows.setflags(write=False)
+        return dict(list=rows.tolist(), rows=list(rows), float64=rows.astype(float), float16=rows.astype(np.float16), tensor=torch.tensor(rows), gradient=torch.tensor(rows, requires_grad=True),
+                    pandas=pandas and pandas.DataFrame(rows)).get(kind, [*torch.tensor(rows)] if kind == "list of tensors" else np.asfortranarray(rows) if kind == "columns first" else rows)
+    embed_shard(files.urls[1], tmp_path / "00001.safetensors", given, **HOW)
+    rows = embed([s["txt"].decode() for s in read_shard(files.urls[1])])
+    if kind == "bfloat16": rows = (rows.view(np.uint32) + 0x7fff + ((rows.view(np.uint32) >> 16) & 1) & 0xffff0000).view(np.float32)  # rounded to even
+    if kind == "whole numbers": rows = np.trunc(100 * rows)
+    np.testing.assert_array_equal(load_file(tmp_path / "00001.safetensors")["embeddings"], rows.astype(np.float16))
+    assert open_sidecar(tmp_path / "00001.safetensors").shape == (8, D)
+
+
+@pytest.mark.parametrize("given, match", [
+    (lambda c: embed(c)[:, 0], r"shape \(8,\); expected \(n, d\)"), (lambda c: embed(c)[..., None], r"shape \(8, 6, 1\)"), (lambda c: embed(c)[:, :0], r"shape \(8, 0\)"), (lambda c: None, "dtype object"),
+    (lambda c: list(c), "expected floating point"), (lambda c: 1j * embed(c), "complex"), (lambda c: [[1.0], [1.0, 2.0]] * 4, "rows of one length"), (lambda c: 1e6 * embed(c), "65504"),
+    (lambda c: embed(c[1:]), "7 embeddings for 8 captions"), (lambda c: embed([*c, "more"]), "9 embeddings for 8 captions")])
+def test_damage_what_a_teacher_may_not_return(files, tmp_path, given, match):
+    with pytest.raises(ValueError, match=f"00001.tar: .*{match}"): embed_shard(files.urls[1], tmp_path / "00001.safetensors", given, **HOW)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("bad, total, limit, fits", [(1, 8, 0.125, True), (1, 8, 0.1249, False), (0, 8, 0, True), (1, 8, 0, False), (8, 8, 1, False), (29, 100, 0.29, True), (57, 100, 0.57, True), (58, 100, 0.57, False)])
+def test_the_limit_of_skipped_samples_is_a_share_of_all_and_may_be_reached(tmp_path, bad, total, limit, fits):
+    "0.29 * 100 is less than 29 in floating point."
+    content = [(f"{i:03d}.{ending}", data) for i in range(total) for ending, data in (("jpg", b"" if i < bad else picture()), ("txt", f"{i}".encode()))]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(content))
+    if fits: assert embed_shard(tmp_path / "0.tar", tmp_path / "0.safetensors", embed, limit, **HOW)[0] == total - bad
+    else:
+        with pytest.raises(ValueError, match=f"{bad} of {total} samples are unusable, more than the share {limit}"): embed_shard(tmp_path / "0.tar", tmp_path / "0.safetensors", embed, limit, **HOW)
+
+
+@pytest.mark.parametrize("limit", [-0.1, 1.1, 10, float("nan")])
+def test_damage_limit_that_is_no_share(files, tmp_path, limit):
+    with pytest.raises(ValueError, match=f"max_skipped={limit}; expected 0 to 1"): embed_shards(files.urls, tmp_path / "s", embed, max_skipped=limit, **HOW)
+
+
+def test_one_share_of_a_hundred_may_be_skipped_unless_told_otherwise():
+    for function in (embed_shard, embed_shards): assert inspect.signature(function).parameters["max_skipped"].default == 0.01
+
+
+def test_shards_may_come_one_by_one_but_not_twice(files, tmp_path):
+    assert embed_shards((u for u in files.urls), tmp_path / "s", embed, **HOW)["shards"] == 3
+    assert [s.shard for s in open_sidecars(tmp_path / "s", iter(files.urls))] == ["00000", "00001", "00002"]
+    assert [s.shard for s in open_sidecars(tmp_path / "s", ["00002", "00000.tar", Path("x/00001.tar")])] == ["00002", "00000", "00001"]
+    assert [s.shard for s in open_sidecars(tmp_path / "s", files.urls[1])] == ["00001"]
+    for act in (lambda urls: embed_shards(urls, tmp_path / "t", embed, **HOW), lambda urls: open_sidecars(tmp_path / "s", urls)):
+        with pytest.raises(ValueError, match="no shards: expected at least one"): act([])
+        with pytest.raises(ValueError, match="2 shards are called 00000"): act([files.urls[0], "elsewhere/00000.tar"])
+
+
+def test_damage_no_folder_of_sidecars(files, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere of embeddings; embed"): open_sidecars(tmp_path / "nowhere", files.urls)
+
+
+@pytest.mark.parametrize("entry", ["teacher", "pooling", "layer", "prompt"])
+def test_a_finished_sidecar_must_agree_in_every_setting(files, entry):
+    "Also where this run does not say what the other has used."
+    for other in (HOW | {entry: "other"}, {k: v for k, v in HOW.items() if k != entry}):
+        with pytest.raises(ValueError, match=f"00000.safetensors was made otherwise.*'{entry}'"): embed_shards(files.urls, files.side, embed, **other)
+    edit(files.side / "00002.safetensors", **{entry: "other"})
+    with pytest.raises(ValueError, match=f"00002.safetensors was made otherwise.*'{entry}'"): files.sidecars()
+    assert open_sidecar(files.side / "00000.safetensors").provenance() == {k: str(v) for k, v in HOW.items()} | dict(width=str(D))
+
+
+def test_checksums_of_captions_that_read_the_same_are_the_same(tmp_path):
+    "Each as it was written, for the join; folded, for the batches."
+    alike = ["Café x²", "cafe\u0301  X2", "CAFÉ\u00a0x²", "ｃａｆé x\u200b2", "café x2\0"]
+    write_shards([(pairs(1)[0][0], c) for c in [*alike, "cafe x2"]], tmp_path, size=8)
+    embed_shard(tmp_path / "00000.tar", tmp_path / "00000.safetensors", embed, **HOW)
+    meta = open_sidecar(tmp_path / "00000.safetensors").meta
+    assert json.loads(meta["crc32"]) == [zlib.crc32(c.encode()) for c in [*alike, "cafe x2"]]
+    assert json.loads(meta["folded"]) == [zlib.crc32("café x2".encode())] * 5 + [zlib.crc32(b"cafe x2")]
+
+
+def test_skipped_samples_enter_nothing(files, tmp_path):
+    "What is skipped is not embedded, and the sidecar is that of a shard without it."
+    seen = []
+    def noting(captions): seen.extend(captions); return embed(captions)
+    spoil(files, "jpg", b"junk")
+    embed_shard(files.urls[1], tmp_path / "00001.safetensors", noting, 0.2, **HOW)
+    assert "caption 10 ä" in seen and len(seen) == 7  # number 11 is the same caption
+    rewrite(files.urls[1], lambda m: None if m[0].startswith("000010002") else m)
+    embed_shard(files.urls[1], tmp_path / "without" / "00001.safetensors", embed, **HOW)
+    one, two = (open_sidecar(tmp_path / f"{name}00001.safetensors") for name in ("", "without/"))
+    assert one.keys == two.keys and {k: v for k, v in one.meta.items() if k != "skipped"} == {k: v for k, v in two.meta.items() if k != "skipped"}
+    np.testing.assert_array_equal(read_rows(one), read_rows(two))
 
 
 def test_damage_nan_from_the_teacher(files, tmp_path):
@@ -215,6 +312,70 @@ def test_damage_sidecar_cut_while_it_is_read(files):
     sidecar, path = open_sidecar(files.side / "00001.safetensors"), files.side / "00001.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="00001.safetensors.*embed shard 00001 again"): read_rows(sidecar)
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(folded=None), "lacks .'folded'.: it is of another version"), (dict(crc32=None, keys=None), "lacks .'crc32', 'keys'."), (dict(keys='["a"]'), "1 keys for 8 rows"), (dict(crc32="[1, 2]"), "2 crc32 for 8 rows"),
+    (dict(keys=json.dumps([*range(8)])), "'keys' is no list of str"), (dict(keys=json.dumps(["a"] * 8)), "a key occurs twice"), (dict(crc32=json.dumps(["1"] * 8)), "'crc32' is no list of int"),
+    (dict(folded=json.dumps([None] * 8)), "'folded' is no list of int"), (dict(folded=json.dumps([1.5] * 8)), "'folded' is no list of int"), (dict(folded="[" * 100_000), ""), (dict(skipped="[]"), "'skipped' is no object")])
+def test_damage_header_says_what_does_not_fit(files, change, match):
+    edit(files.side / "00001.safetensors", **change)
+    for act in (files.sidecars, lambda: embed_shards(files.urls, files.side, embed, **HOW)):
+        with pytest.raises(ValueError, match=f"00001.safetensors is no sidecar of embeddings .*{match}.*delete it and embed again"): act()
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda r: r[:, 0].copy(), r"F16 of shape \[8\]"), (lambda r: r[..., None].copy(), r"F16 of shape \[8, 6, 1\]"), (lambda r: r[:, :0].copy(), r"shape \[8, 0\]"), (lambda r: r[:7].copy(), "8 keys for 7 rows"),
+    (lambda r: r.astype(np.uint8), "it holds U8"), (lambda r: r.astype(np.int64), "it holds I64")])
+def test_damage_tensor_of_another_shape_or_kind(files, change, match):
+    path = files.side / "00001.safetensors"
+    edit(path, dict(embeddings=change(load_file(path)["embeddings"])))
+    with pytest.raises(ValueError, match=f"00001.safetensors is no sidecar .*{match}"): files.sidecars()
+
+
+def test_damage_tensor_of_another_name(files):
+    path = files.side / "00001.safetensors"
+    edit(path, dict(vectors=load_file(path)["embeddings"]))
+    with pytest.raises(ValueError, match="00001.safetensors is no sidecar .*embeddings"): files.sidecars()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_rows_of_wider_floats_are_read(files, kind):
+    path = files.side / "00001.safetensors"
+    rows = load_file(path)["embeddings"].astype(kind) / 3
+    edit(path, dict(embeddings=rows))
+    np.testing.assert_array_equal(read_rows(open_sidecar(path)), rows.astype(np.float32))
+
+
+def test_damage_a_folder_or_no_permission(files, monkeypatch):
+    "Neither is a reason to delete a file."
+    path = files.side / "00001.safetensors"
+    sidecar = open_sidecar(path)
+    with monkeypatch.context() as patch:
+        def denied(*_, **__): raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        patch.setattr("builtins.open", denied)
+        for act in (lambda: open_sidecar(path), lambda: read_rows(sidecar)):
+            with pytest.raises(ValueError, match="cannot read .*00001.safetensors.*Permission denied") as caught: act()
+            assert "delete" not in str(caught.value)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="cannot read .*00001.safetensors: .*directory"): files.sidecars()
+
+
+@pytest.mark.parametrize("start, stop", [(-1, None), (9, None), (0, 9), (5, 4), (3, -1)])
+def test_damage_rows_that_are_not_there(built, start, stop):
+    with pytest.raises(ValueError, match="rows .* of .*00001.safetensors, which has 8"): read_rows(open_sidecar(built / "side" / "00001.safetensors"), start, stop)
+
+
+def test_damage_sidecar_made_again_with_other_rows_while_it_is_read(files):
+    path = files.side / "00001.safetensors"
+    sidecar = open_sidecar(path)
+    shutil.copy(files.side / "00002.safetensors", path)
+    with pytest.raises(ValueError, match="cannot read .*00001.safetensors .it has changed since"): read_rows(sidecar)
+
+
+def test_damage_slices_of_no_row(built):
+    with pytest.raises(ValueError, match="rows=0; expected at least 1"): next(slices_of(open_sidecar(built / "side" / "00001.safetensors"), 0))
 
 
 def test_damage_sidecar_missing(files):

@@ -16,23 +16,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 from scipy.sparse import csr_array
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from ..concepts import Concepts, Scale, apply_scale, fit_scale
-from .embeddings import Sidecar, read_rows, slices_of
+from .embeddings import Sidecar, open_tensors, read_rows, slices_of
 from .shards import Sample, read_shard, remove_parts, run_lock, usable_samples
 from ..teacher import captions_hash
-from ..tools import check_found, save_tensors
+from ..tools import as_array, check_found, save_tensors
 
 # %% ../../nbs/scale/03_clustering.ipynb #7c76ca9d
+def _wide(values: Any) -> np.ndarray:
+    "An array in float32 at least: squares of half precision would overflow."
+    array = as_array(values)
+    return array.astype(np.result_type(array, np.float32), copy=False)
+
+
 def nearest_of(
     points: np.ndarray,  # (m, d) float32
     centroids: np.ndarray,  # (k, d) float32
 ) -> tuple[np.ndarray, np.ndarray]:  # (m,) which centroid is nearest; (m,) its squared distance
     "Nearest centroids by one product in float32, on as many threads as BLAS has."
+    points, centroids = _wide(points), _wide(centroids)
     scores = 2 * points @ centroids.T - np.square(centroids).sum(1)
     nearest = scores.argmax(1)
     squared = np.square(points).sum(1) - scores[np.arange(len(points)), nearest]
@@ -46,6 +52,7 @@ def add_up(
     counts: np.ndarray,  # (k,) int64, changed in place: their number
 ) -> None:
     "One slice of a k-means step: add its points to the sums and counts of their centroids."
+    points = _wide(points)
     nearest, ones = nearest_of(points, centroids)[0], np.ones(len(points), np.float32)
     places = nearest, np.arange(len(points))
     sums += csr_array((ones, places), shape=(len(centroids), len(points))) @ points
@@ -127,14 +134,26 @@ def _meta(sidecars: Sequence[Sidecar], settings: dict[str, Any]) -> dict[str, st
     return {k: str(v) for k, v in settings.items()} | dict(sidecars=read) | sidecars[0].provenance()
 
 
+def _crc32(tensors: dict[str, np.ndarray]) -> str:
+    return str(zlib.crc32(b"".join(tensors[k].tobytes() for k in sorted(tensors))))
+
+
+def _save(path: Path, tensors: dict[str, np.ndarray], meta: dict[str, str]) -> Path:
+    "Tensors and metadata with a checksum, whole or not at all."
+    return save_tensors(path, tensors, meta | dict(crc32=_crc32(tensors)))
+
+
 def _load(path: str | Path, what: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    "Tensors and metadata of a safetensors file, or a ValueError."
+    "Tensors and metadata that _save wrote; raises ValueError for another file."
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+        with open_tensors(path) as file:
+            tensors, meta = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+        if meta.pop("crc32", "") != _crc32(tensors): raise ValueError("its checksum is wrong")
+    except OSError as error: raise ValueError(f"cannot read {path}: {error}") from error
     except Exception as error:
         advice = "delete it and cluster again"
         raise ValueError(f"{path} holds no {what} ({error}); {advice}") from error
+    return tensors, meta
 
 # %% ../../nbs/scale/03_clustering.ipynb #fd7508b2
 def _start(
@@ -145,6 +164,7 @@ def _start(
     if not 1 <= k <= total:
         raise ValueError(f"k={k} concepts from {total} captions; expected 1 <= k <= {total}")
     scale = fit_scale((piece for s in sidecars for piece in slices_of(s, rows)), normalise)
+    if not scale.length: raise ValueError("all embeddings are zero; embed with another layer")
     centroids = first_centroids(sidecars, scale, k, seed)
     return dict(mean=scale.mean, length=np.array([scale.length]),
                 inertia=np.zeros(1), done=np.zeros(1, int),
@@ -172,25 +192,23 @@ def _fit(
         if (place + 1) % len(sidecars) == 0: _move(state)
         state["done"][:] = place + 1
         if time.monotonic() - saved >= save_every:
-            save_tensors(state_path, state, meta)
+            _save(state_path, state, meta)
             saved = time.monotonic()
     inertia, nobody = float(state["inertia"][0]), np.empty(0, np.int64)
     return Concepts(state["centroids"], nobody, inertia, scale, meta)
 
 # %% ../../nbs/scale/03_clustering.ipynb #30504a10
-def _crc32(tensors: dict[str, np.ndarray]) -> str:
-    return str(zlib.crc32(b"".join(tensors[k].tobytes() for k in sorted(tensors))))
-
-
 def save_concepts(
     path: str | Path,  # a .safetensors file
     concepts: Concepts,  # with scale and meta
 ) -> Path:
     "Concepts with their scale and provenance, whole or not at all."
     scale = concepts.scale
+    if scale is None or concepts.meta is None:
+        raise ValueError("concepts without scale and meta; save those of cluster_shards")
     numbers = dict(length=np.array([scale.length]), inertia=np.array([concepts.inertia]))
     tensors = dict(centroids=concepts.centroids, mean=scale.mean) | numbers
-    return save_tensors(path, tensors, concepts.meta | dict(crc32=_crc32(tensors)))
+    return _save(path, tensors, concepts.meta)
 
 
 def load_concepts(
@@ -199,9 +217,10 @@ def load_concepts(
     "Read concepts; raises FileNotFoundError, or ValueError for another file."
     if not Path(path).exists(): raise FileNotFoundError(f"no concepts at {path}; cluster first")
     tensors, meta = _load(path, "concepts")
-    if meta.pop("crc32", "") != _crc32(tensors):
-        advice = "delete it and cluster again"
-        raise ValueError(f"{path} holds no concepts (its checksum is wrong); {advice}")
+    wanted = {"centroids", "mean", "length", "inertia", "normalise"}
+    if lacking := wanted - tensors.keys() - meta.keys():
+        advice = "it is of another version or kind: delete it and cluster again"
+        raise ValueError(f"{path} holds no concepts (without {sorted(lacking)}); {advice}")
     scale = Scale(tensors["mean"], float(tensors["length"][0]), meta["normalise"])
     inertia, nobody = float(tensors["inertia"][0]), np.empty(0, np.int64)
     return Concepts(tensors["centroids"], nobody, inertia, scale, meta)
@@ -220,6 +239,12 @@ def cluster_shards(
 ) -> Concepts:
     "k-means over all sidecars: the same seed and shards give the same concepts, after a kill too."
     path, state_path = Path(folder) / "concepts.safetensors", Path(folder) / "state.safetensors"
+    sidecars = list(sidecars)
+    if not sidecars: raise ValueError("no sidecars: expected those of open_sidecars")
+    advice, wanted = "embed all shards in one way", sidecars[0].provenance()
+    for s in sidecars: check_found(s.path, s.provenance(), wanted, advice)
+    if passes < 1 or seed < 0:
+        raise ValueError(f"passes={passes}, seed={seed}; expected at least one pass, no sign")
     settings = dict(k=k, seed=seed, normalise=normalise, passes=passes, rows=rows)
     with run_lock(Path(folder) / ".cluster.lock"):
         for file in (path, state_path): remove_parts(file)

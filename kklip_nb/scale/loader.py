@@ -16,7 +16,7 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from ..concepts import Concepts, concept_labels
 from ..own_pairs import decode_image
 from .clustering import join_shard, load_concepts
 from .embeddings import Sidecar, open_sidecars
-from .shards import Sample, open_picture
+from .shards import Sample, name_shards, open_picture
 from ..student import Student, cut_padding, prepare_images
 from ..tools import check_found, file_hash
 from ..training import Inputs, Recipe
@@ -61,6 +61,7 @@ def open_data(
     concepts_folder: str | Path,  # where cluster_shards put concepts.safetensors
 ) -> ShardData:
     "Open all headers; an error names the first sidecar that is missing or from another teacher."
+    urls = [*name_shards(urls)]
     sidecars = open_sidecars(embeddings_folder, urls)
     path = Path(concepts_folder) / "concepts.safetensors"
     concepts, provenance = load_concepts(path), sidecars[0].provenance()
@@ -69,7 +70,7 @@ def open_data(
     read = "".join([file_hash(path), *(s.shard + s.meta["captions"] for s in sidecars)])
     captions = [np.array(json.loads(s.meta["folded"]), dtype=np.int64) for s in sidecars]
     key = hashlib.sha256(read.encode()).hexdigest()[:16]
-    return ShardData(list(urls), sidecars, captions, concepts, key)
+    return ShardData(urls, sidecars, captions, concepts, key)
 
 # %% ../../nbs/scale/04_loader.ipynb #43d51ea2
 def lay_out(
@@ -126,11 +127,14 @@ def check_batch(
     recipe: Recipe,
     streams: int,  # parts of the global batch
     world_size: int = 1,  # processes that share the streams
+    rank: int = 0,  # of this process
 ) -> int:  # pairs of a part
     "The door: raises ValueError where batch, streams, processes and captions do not fit."
     n, kinds = recipe.batch_size, len(np.unique(np.concatenate(data.captions)))
     if streams < 1 or n % streams:
         raise ValueError(f"batch_size={n} cannot be cut into {streams} streams of one size")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} of world_size={world_size}; expected less")
     if streams % world_size:
         raise ValueError(f"{streams} streams for {world_size} processes; expected a multiple")
     if kinds < n:
@@ -145,8 +149,8 @@ def epoch_steps(
     streams: int,  # parts of the global batch
 ) -> int:
     "Steps of one epoch: the same for all epochs."
-    longest = math.ceil(sum(map(len, data.captions)) / streams)
-    return math.ceil(longest / (recipe.batch_size // streams))
+    size = check_batch(data, recipe, streams)
+    return math.ceil(math.ceil(sum(map(len, data.captions)) / streams) / size)
 
 
 def share_seen(
@@ -156,7 +160,8 @@ def share_seen(
     epoch: int = 0,
 ) -> float:  # 1 if no caption is too frequent
     "The share of all pairs that an epoch sees."
-    plan = deal_epoch(data.captions, streams, recipe.batch_size // streams, recipe.seed, epoch)
+    size = check_batch(data, recipe, streams)
+    plan = deal_epoch(data.captions, streams, size, recipe.seed, epoch)
     return len(np.unique(plan.reshape(-1, 2), axis=0)) / sum(map(len, data.captions))
 
 # %% ../../nbs/scale/04_loader.ipynb #4b151ad4
@@ -275,6 +280,9 @@ class ShardStream(IterableDataset):
             for pairs in read_pairs(self.data, parts): yield self.make(pairs, epoch=epoch)
 
 # %% ../../nbs/scale/04_loader.ipynb #8f998017
+_tokenizer = lru_cache(open_clip.SimpleTokenizer)  # it reads its vocabulary from a file, once
+
+
 def read_steps(
     student: Student,
     data: ShardData,
@@ -288,7 +296,8 @@ def read_steps(
     pin: bool = False,  # page-locked memory, from which a GPU can fetch by itself
 ) -> Iterator[list[Part]]:  # this process's parts of one step
     "What a process reads in a run, with or without workers; the order is the same."
-    tokenizer = open_clip.SimpleTokenizer(context_length=student.clip.context_length)
+    check_batch(data, recipe, streams, world_size, rank)
+    tokenizer = _tokenizer(context_length=student.clip.context_length)
     transform = picture_transform(student, augment)
     make = partial(make_part, transform=transform, tokenizer=tokenizer, seed=recipe.seed)
     deal = dict(recipe=recipe, streams=streams, rank=rank, world_size=world_size, done=done)
