@@ -146,7 +146,7 @@ def test_a_checkpoint_of_other_data_is_refused(run):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="run.json is missing"): export_run(tmp_path)
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"data": {}}')
     with pytest.raises(FileNotFoundError, match="no checkpoint"): export_run(tmp_path)
     with pytest.raises(FileNotFoundError, match="run kklip export"): evaluate_export(tmp_path, [])
 
