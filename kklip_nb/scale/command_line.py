@@ -85,6 +85,8 @@ def hub_pairs(
         raise ValueError(f"cannot open {name!r}, split {split!r}, on the hub: {error}") from error
     for i, row in enumerate(rows):
         _check_columns(name, [row], image_column, caption_column)
+        if row[image_column] is None:
+            raise ValueError(f"row {i} of {name} has no picture in {image_column!r}; drop such rows")
         yield row[image_column], _text(name, i, row, caption_column)
 
 # %% ../../nbs/scale/09_command_line.ipynb #bc2d5ea8
@@ -343,8 +345,9 @@ def parse(
     recipe = recipe_named(argv)
     rows = [("command", command), ("recipe", settings_class(recipe))]
     if command is Train:
+        from kklip_nb.scale.distributed import _places
         from kklip_nb.scale.long_run import Settings
-        rows.append(("training", Settings, Settings(streams=int(os.environ.get("WORLD_SIZE", 1)))))
+        rows.append(("training", Settings, Settings(streams=_places()[1])))
     together = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("All", rows)]
     args = _none(argv, *(row[1] for row in rows))
     given = vars(tyro.cli(together, description="", args=args, **how))
@@ -352,8 +355,9 @@ def parse(
     return given.pop("command"), recipe, *given.values()
 
 # %% ../../nbs/scale/09_command_line.ipynb #7236c74b
-_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
-           errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_CLOSED = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS), "")
+_CLOSED |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "; expected a folder there")
+_CLOSED |= {errno.EISDIR: "; expected a file there", errno.ENAMETOOLONG: ""}
 _IN_WORKER = re.compile(r'.*Original Traceback.*File "[^"]*kklip_nb[^\n]*\n[^\n]*\braise [^\n]*\n'
                         r'(?:    [^\n]*\n)*[\w.]+: (.*)', re.S)
 
@@ -364,7 +368,8 @@ def message(
     "What to tell the user, where this package raised on purpose, or a disk is full or closed."
     if "No space left" in str(error):
         return f"{error}; the disk is full: free some space, run the same command again"
-    if getattr(error, "errno", None) in _CLOSED: return str(error)
+    number = getattr(error, "errno", None)
+    if number in _CLOSED: return f"{error}{_CLOSED[number]}"
     if match := _IN_WORKER.fullmatch(str(error)): return match[1].strip()
     last = error.__traceback__
     while last.tb_next: last = last.tb_next
