@@ -155,6 +155,35 @@ def test_a_broken_picture_in_one_process_moves_no_weight_in_any(worlds):
     assert furthest(worlds[1]["broken"], worlds[2]["broken"]) == 0
 
 
+def test_a_place_that_makes_no_sense_is_named(monkeypatch):
+    for places, said in ((dict(RANK="one"), "RANK='one'; expected a whole number"), (dict(WORLD_SIZE=""), "WORLD_SIZE=''"), (dict(LOCAL_RANK="-1"), "LOCAL_RANK='-1'"), (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 of WORLD_SIZE=2; expected less")):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in places.items(): patch.setenv(name, value)
+            with pytest.raises(ValueError, match=said), start_world(): pass
+
+
+def test_the_world_is_joined_and_left_as_torchrun_says(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: said.append((backend, timeout.total_seconds())))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: said.append("left"))
+    with start_world() as world: assert world == World(0, 1, torch.device("cpu")) and not said  # alone there is nothing to join
+    for name, value in dict(RANK="1", WORLD_SIZE="3", LOCAL_RANK="1").items(): monkeypatch.setenv(name, value)
+    with start_world() as world: assert world == World(1, 3, torch.device("cpu"))
+    assert said == [("gloo", 7200), "left"]
+
+
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    taken = []
+    for name, result in dict(is_available=lambda: True, device_count=lambda: 2, set_device=taken.append).items(): monkeypatch.setattr(torch.cuda, name, result)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", taken.append)
+    for name, value in dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1").items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: taken.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with start_world() as world: assert world.device == torch.device("cuda", 1) and taken == [1, "high", "nccl"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 has no GPU of its own, this machine has 2"), start_world(): pass
+
+
 def test_an_error_says_in_which_process_it_arose(monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")): monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
@@ -263,6 +292,17 @@ def test_the_precision_is_chosen_by_the_device():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [choose_precision("auto", d) for d in (cpu, cuda)] == ["fp32", "bf16"] and choose_precision("fp16", cuda) == "fp16"
     with pytest.raises(ValueError, match="'fp64'; expected 'auto', 'fp32', 'bf16' or 'fp16'"): choose_precision("fp64", cpu)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "fp8", ""])
+def test_a_precision_that_is_none_is_never_taken_for_bf16(precision):
+    with pytest.raises(ValueError, match=f"precision={precision!r}; expected 'auto', 'fp32'"): backward_global(wrap(tiny_student(), ALONE, TINY), [some_batch()], TINY, ALONE, precision)
+
+
+def test_micro_batches_of_unequal_size_are_refused():
+    batch, model = some_batch(), wrap(tiny_student(), ALONE, TINY)
+    for parts, said in (([batch_of(batch, [0, 1, 2]), batch_of(batch, [3, 4])], r"\[3, 2\] pairs"), ([], r"\[\] pairs")):
+        with pytest.raises(ValueError, match=f"micro-batches of {said}; expected at least one, all of one size"): backward_global(model, parts, TINY, ALONE)
 
 
 def test_a_long_gradient_is_shortened_as_torch_does_it():

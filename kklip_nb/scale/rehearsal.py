@@ -160,8 +160,10 @@ def _student(recipe: Recipe, m: dict[str, float], precision: str) -> Finding:
 def _teacher(name: str) -> tuple[Finding, int]:
     "The teacher's size, where its configuration is at hand; the width of its embeddings."
     counted = count_teacher(name)
-    unknown = f"its size is not known here; a width of {WIDTH} is assumed"
-    if counted is None: return ("teacher", "unknown", unknown), WIDTH
+    if counted is None:
+        here, text = Path(name).exists(), f"a width of {WIDTH} is assumed"
+        if here: return ("teacher", "fail", f"no model that transformers knows; {text}"), WIDTH
+        return ("teacher", "unknown", f"its size is not known here; {text}"), WIDTH
     parameters, width = counted
     size = f"{parameters / 1e9:.2f} billion parameters, {parameters / 5e8:.1f} GB in bf16"
     return ("teacher", "ok", f"{size}, width {width}"), width
