@@ -1,6 +1,7 @@
 """Many processes against one, micro-batches against the whole batch, and steps that are not finite."""
 
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
@@ -362,6 +363,21 @@ def test_batchnorm_that_learns_is_alone_or_on_gpus(data):
     assert learns_norms(student)
     wrap(student, ALONE, RECIPE)
     with pytest.raises(ValueError, match="BatchNorm that learns needs GPUs, one process"): wrap(student, World(0, 2, ALONE.device), RECIPE)
+
+
+@pytest.mark.parametrize("concept_on, unused", [("both", False), ("concat", False), ("image", True), ("text", True)])
+def test_a_concept_head_that_no_loss_reads_is_told_to_torch(concept_on, unused, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **how: asked.append(how) or model)
+    model = wrap(tiny_student(), World(0, 2, ALONE.device), dataclasses.replace(TINY, concept_on=concept_on))
+    assert asked == [dict(broadcast_buffers=False, find_unused_parameters=unused)] and isinstance(model, distributed.Losses)
+
+
+def test_the_total_weighs_the_losses_as_the_recipe_says():
+    recipe = dataclasses.replace(TINY, alpha=3.0, beta=5.0, gamma=7.0)
+    for parts in (1, 4):
+        found = {k: v.item() for k, v in backward_global(wrap(tiny_student(), ALONE, recipe), cut(some_batch(), parts), recipe, ALONE).items()}
+        assert found["total"] == pytest.approx(3 * found["distillation"] + 5 * found["concept"] + 7 * found["contrastive"], rel=1e-5)
 
 
 # ---- BatchNorm

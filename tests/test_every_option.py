@@ -305,12 +305,44 @@ def test_the_student_is_built_as_the_recipe_says(name, data, tiny):
     places = dict(student="name", pretrained="pretrained", imagenet="imagenet", train_image="train_image", seed="seed", projection="projection")
     real, found = tiny, []
     usual = dataclasses.replace(RECIPE, imagenet=True)
-    for recipe in (usual, dataclasses.replace(usual, **{name: FIELDS[name]})):
+    for recipe, world in ((usual, ALONE), (dataclasses.replace(usual, **{name: FIELDS[name]}), World(1, 2, ALONE.device))):  # the same in all processes
         calls = Calls()
         with pytest.MonkeyPatch.context() as patch:
             calls.replace(patch, distributed, "build_student", real)
-            assert start_student(recipe, data, ALONE) is real
+            assert start_student(recipe, data, world) is real
         found.append(calls)
     otherwise = {k: v for k, v in found[1].items() if found[0][k] != v}
     assert otherwise == ({f"build_student.{places[name]}": FIELDS[name]} if name in places else {})
     assert (calls["build_student.teacher_dim"], calls["build_student.n_concepts"]) == (16, 4)  # of the embeddings and of the concepts
+
+
+# --- and what the rehearsal does with a recipe
+
+REHEARSAL = dict(pooling=["embed_captions.pooling", "embed_shards.provenance.pooling"], prompt=["embed_captions.prompt", "embed_shards.provenance.prompt"],
+                 k=["cluster_shards.k", "train_shards.recipe.k"], seed=["cluster_shards.seed", "train_shards.recipe.seed"], normalise=["cluster_shards.normalise", "train_shards.recipe.normalise"],
+                 student=["export_model.name", "train_shards.recipe.student"])
+FIXED = dict(pretrained=None, imagenet=False, layer=-1, batch_size=8, epochs=1, warmup=1)  # whatever the recipe says: a short run without a download
+
+
+def rehearsed(recipe: Recipe, folder: Path) -> Calls:
+    calls = Calls()
+    def embed(urls, folder, embed, *args, **how): embed([])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, result in (("write_shards", None), ("list_shards", ["0.tar"]), ("random_teacher", SimpleNamespace(source="RANDOM")), ("embed_captions", None), ("embed_shards", embed), ("open_sidecars", "SIDECARS"),
+                             ("cluster_shards", None), ("open_data", "DATA"), ("train_shards", "STUDENT"), ("export_model", "MODEL"), ("evaluate_export", lambda *args: ({"i2t_r1": 0.5}, 20))):
+            calls.replace(patch, rehearsal, name, result)
+        assert rehearsal.rehearse_stages(recipe, [(None, f"caption {i}") for i in range(20)], 48, folder) == {"i2t_r1": 0.5}
+    return calls
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_rehearsal_goes_through_the_stages_as_the_recipe_says(name, tmp_path):
+    usual, recipe = dataclasses.replace(RECIPE, k=4), dataclasses.replace(RECIPE, **{name: FIELDS[name]})
+    before, after = rehearsed(usual, tmp_path), rehearsed(recipe, tmp_path)
+    expected = {} if name in FIXED else dict.fromkeys(REHEARSAL.get(name, [f"train_shards.recipe.{name}"]), FIELDS[name])
+    if name in ("pooling", "prompt"): expected[f"train_shards.recipe.{name}"] = FIELDS[name]
+    assert {k: v for k, v in after.items() if before[k] != v} == expected
+    assert {k: after[f"train_shards.recipe.{k}"] for k in FIXED} == FIXED
+    assert (after["embed_captions.layer"], after["random_teacher.width"], after["write_shards.per_shard"], after["train_shards.world"]) == (-1, 48, 20, ALONE)
+    assert after["embed_shards.provenance.teacher"] == "RANDOM" and after["export_model.student"] == "STUDENT" and after["evaluate_export.folder"] == "MODEL"
+    assert rehearsed(dataclasses.replace(RECIPE, k=999), tmp_path)["cluster_shards.k"] == 10  # a concept for two pairs at most

@@ -4,6 +4,7 @@ import dataclasses
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,3 +206,68 @@ def test_access_to_the_packaged_teacher_needs_the_package(monkeypatch):
     def missing(): raise FileNotFoundError("not installed; run: pip install")
     monkeypatch.setattr(rehearsal, "packaged_teacher", missing)
     assert check_access("smollm2") == ("fail", "not installed; run: pip install")
+
+
+# --- the numbers that are told
+
+@pytest.mark.parametrize("changes", [dict(projection="mlp", train_image="all"), dict(student="kklip-laptop", train_image="last", k=7), dict(train_image="head")])
+def test_counts_are_those_of_the_student_that_is_built(changes):
+    recipe = dataclasses.replace(QUICK, **changes)
+    student = build_student(recipe.student, None, 40, recipe.k, False, recipe.train_image, 0, recipe.projection)
+    count, trained = sum(p.numel() for p in student.parameters()), sum(p.numel() for p in student.parameters() if p.requires_grad)
+    found = count_memory(recipe, 40, 4)
+    assert found["parameters"] == count and found["state"] == pytest.approx(4 * count + 12 * trained, rel=0.02)
+
+
+def test_auto_is_counted_as_on_a_gpu():
+    assert count_memory(QUICK, 48, 4, "auto") == count_memory(QUICK, 48, 4, "bf16") != count_memory(QUICK, 48, 4, "fp32")
+
+
+def test_what_is_needed_is_told_in_numbers(monkeypatch):
+    asked = []
+    memory = dict(parameters=10**8, state=2e9, kept_per_pair=5e6)
+    monkeypatch.setattr(rehearsal, "count_memory", lambda *args, **how: asked.append((args, how)) or memory)
+    monkeypatch.setattr(rehearsal, "count_teacher", lambda name: (7 * 10**9, 4096))
+    monkeypatch.setattr(rehearsal, "check_access", lambda name: ("ok", name))
+    need = 2 * 1000 * 4096 + (12 * 6 + 4) * 10**8  # float16 rows; weights and AdamW's two moments of 5 checkpoints and the one being written; the model
+    found = rehearsal.check_settings(PAPER, need + 1, 1000, "fp16", 5)
+    assert asked == [((PAPER, 4096), dict(precision="fp16"))]
+    assert found == [
+        ("weights", "ok", "openai; fetched when training starts"),
+        ("student", "ok", "ViT-B-32-quickgelu: 100.0 M parameters; 2.0 GB for weights, gradients and AdamW, 5.0 MB a pair in fp16; 1024 pairs: 7.1 GB in one process, 2.7 GB in each of 8"),
+        ("teacher", "ok", "7.00 billion parameters, 14.0 GB in bf16, width 4096"), ("access to the teacher", "ok", PAPER.teacher),
+        ("disk", "ok", "7.6 GB for embeddings, checkpoints and model of 1,000 pairs; 7.6 GB free")]
+    assert rehearsal.check_settings(PAPER, need, 1000, "fp16", 5)[-1][:2] == ("disk", "fail")
+    assert peak_memory(memory, 128, 1024) == 2e9 + 128 * 5e6 + 3 * 4 * 1024**2
+    usual = 2 * 1000 * 4096 + (12 * 4 + 4) * 10**8
+    assert [rehearsal.check_settings(PAPER, usual + more, 1000)[-1][1] for more in (0, 1)] == ["fail", "ok"] and asked[-1][1] == dict(precision="bf16")
+
+
+def test_a_rehearsal_hands_its_questions_on(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=77))
+    monkeypatch.setattr(rehearsal, "check_settings", lambda *args: asked.append(args) or [])
+    monkeypatch.setattr(rehearsal, "rehearse_stages", lambda *args: asked.append(args[2]))
+    monkeypatch.setattr(rehearsal, "_drawings", lambda: [])
+    monkeypatch.setattr(rehearsal, "count_teacher", lambda name: (1, 640))
+    (tmp_path / "there").mkdir()
+    rehearse(QUICK, tmp_path / "there" / "not" / "yet", None, 9, "fp32", 7)
+    assert asked == [tmp_path / "there", (QUICK, 77, 9, "fp32", 7), 640]  # the disk that the folder will lie on
+    rehearse(QUICK, tmp_path)
+    assert asked[3:5] == [tmp_path, (QUICK, 77, 500_000, "bf16", 3)]
+    monkeypatch.setattr(rehearsal, "count_teacher", lambda name: None)
+    rehearse(QUICK, tmp_path)
+    assert asked[-1] == 4096
+
+
+def test_a_random_teacher_is_drawn_by_its_seed():
+    first, same, other = (random_teacher(["a red dog"], 16, *seed).model.embed_tokens.weight for seed in ((), (0,), (1,)))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    model = random_teacher(["a red dog"], 16).model
+    assert not model.training and not any(p.requires_grad for p in model.parameters()) and model.config.num_hidden_layers == 1
+
+
+def test_a_report_prints_all_and_fails_if_anything_did(capsys):
+    rehearsal.report_rehearsal([("a", "ok", "fine"), ("b", "unknown", "who knows")])
+    assert capsys.readouterr().out == "ok       a: fine\nunknown  b: who knows\n"
+    with pytest.raises(ValueError, match="the rehearsal failed: b, d$"): rehearsal.report_rehearsal([("a", "ok", ""), ("b", "fail", ""), ("c", "unknown", ""), ("d", "fail", "")])

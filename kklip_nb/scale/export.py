@@ -205,10 +205,7 @@ def _held_out(urls: Sequence[str], limit: int, trained_on: Collection[str]) -> l
 
 # %% ../../nbs/scale/07_export.ipynb #9849d943
 def _load_export(folder: Path) -> tuple[Any, Any, Any]:
-    "Model, preprocessing and tokeniser as open_clip loads them; without weights it only warns."
-    for name in (HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no model in {folder}: {name} is missing; run kklip export")
+    "Model, preprocessing and tokeniser as open_clip loads them; a ValueError where it cannot."
     name = f"local-dir:{folder}"
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name)
@@ -229,9 +226,12 @@ def evaluate_export(
 ) -> tuple[dict[str, float], int]:  # recall and median rank, both ways; the number of pairs
     "Retrieval by open_clip alone; pairs with the same caption are right answers for each other."
     check_limits(limit, batch_size)
+    for name in (HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"no model in {folder}: {name} is missing; run kklip export")
+    samples = _held_out(urls, limit, trained_on)
     model, preprocess, tokenizer = _load_export(Path(folder))
     model, images, texts = model.eval().to(device), [], []
-    samples = _held_out(urls, limit, trained_on)
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
         pixels = torch.stack([preprocess(decode_image(open_picture(s.image))) for s in batch])
