@@ -331,11 +331,11 @@ def test_a_folder_called_like_a_teacher_switches_off_no_check(tmp_path, monkeypa
     for name in ("smollm2", "gpt2", "mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
-    digest = hashlib.sha256(("config.json" + hashlib.sha256(b"mine").hexdigest()).encode()).hexdigest()
+    digest, theirs = (hashlib.sha256(("config.json" + hashlib.sha256(name).hexdigest()).encode()).hexdigest() for name in (b"mine", b"smollm2"))
     for recorded, asked, fits in (
-            ("smollm2 sha256:0", "smollm2", True), ("gpt2 commit:1", "smollm2", False), (f"folder sha256:{digest}", "smollm2", False),  # 'smollm2' is always the packaged one
+            ("smollm2 sha256:0", "smollm2", True), ("gpt2 commit:1", "smollm2", False), (f"folder sha256:{digest}", "smollm2", False), (f"folder sha256:{theirs}", "smollm2", False),  # 'smollm2' is always the packaged one
             ("gpt2 commit:1", "gpt2", True), ("smollm2 sha256:0", "gpt2", False), (f"folder sha256:{digest}", "gpt2", False),
-            (f"folder sha256:{digest}", "mine", True), (f"folder sha256:{digest} bfloat16", str(tmp_path / "mine"), True), ("smollm2 sha256:0", "mine", False), (f"folder sha256:{digest}", "not-here", False)):
+            (f"folder sha256:{digest}", "mine", True), (f"folder sha256:{digest} bfloat16", str(tmp_path / "mine"), True), (f"folder sha256:{theirs}", "./smollm2", True), ("smollm2 sha256:0", "mine", False), (f"folder sha256:{digest}", "not-here", False)):
         recipe = dataclasses.replace(AGREED, teacher=asked)
         if fits: cli.check_agrees(recipe, data_of(teacher=recorded)); continue
         with pytest.raises(ValueError, match="'teacher'.*give the same recipe"): cli.check_agrees(recipe, data_of(teacher=recorded))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -315,15 +316,15 @@ def test_a_run_is_described_in_full(monkeypatch):
 
 
 class Judged(torch.nn.Module):
-    "Reads a picture's left and right half, and a caption's length and first letter; in evaluation mode alone."
+    "Reads three columns of a picture, and a caption's length, first letter and checksum; in evaluation mode alone."
 
     def encode_image(self, images):
         assert not self.training and torch.is_inference_mode_enabled()
-        return torch.stack([images[:, 0, :, :2].mean((1, 2)), images[:, 0, :, 6:].mean((1, 2))], 1)
+        return torch.stack([images[:, 0, :, at:at + 2].mean((1, 2)) for at in (0, 3, 6)], 1) - 0.5
 
     def encode_text(self, captions):
         assert not self.training
-        return torch.tensor([[len(c) / 20, (ord(c[0].lower()) - 96) / 26] for c in captions])
+        return torch.tensor([[len(c) / 20 - 0.5, (ord(c[0].lower()) - 96) / 26 - 0.5, zlib.crc32(c.encode()) / 2**32 - 0.5] for c in captions])
 
     def to(self, device): self.asked = device; return super().to("cpu")
 

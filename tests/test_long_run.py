@@ -106,7 +106,7 @@ def assert_same_run(student, folder, whole_run) -> None:
     assert not list(folder.glob(".*.part"))
 
 
-@pytest.mark.parametrize("step, save_every", [(0, 1), (1, 1), (12, 1), (7, 2), (8, 2), (4, 5), (9, 5), (17, 5)])
+@pytest.mark.parametrize("step, save_every", [(0, 1), (12, 1), (7, 2), (9, 5), (17, 5)])
 def test_a_stopped_run_goes_on_to_the_bit(data, tmp_path, whole_run, step, save_every):
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, step)
@@ -150,7 +150,7 @@ def test_trim_log_keeps_what_the_checkpoint_has(tmp_path):
 def test_a_damaged_log_loses_its_damaged_lines_alone(tmp_path):
     path, cell = tmp_path / "log.csv", ["1"] * (len(FIELDS) - 1)
     good, header = [",".join([str(i), *cell]) for i in range(3)], ",".join(FIELDS)
-    for damage in ("", "7", "2,0,0.0" + good[2], "x," + ",".join(cell), ",".join(["-1", *cell]), ",".join(["1.5", *cell]), "\0" * 300, "\xff,\xfe", '"'):
+    for damage in ("", "0", "1,0,0.0", "0,0,0.0" + good[2], "x," + ",".join(cell), ",".join(["-1", *cell]), ",".join(["1.5", *cell]), "\0" * 300, "\xff,\xfe", '"'):
         path.write_bytes("\r\n".join([header, good[0], damage, good[1], damage]).encode("latin1"))
         trim_log(path, 2)
         found = path.read_text().split()
@@ -182,6 +182,7 @@ def test_only_our_checkpoints_are_counted_and_deleted(tmp_path, data):
     student = start_student(RECIPE, data, ALONE)
     for steps in (3, 12, 100_000_000): long_run.keep_checkpoint(folder, 2, steps, student, torch.optim.SGD(student.parameters()), RECIPE, 0, [])
     assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-00000012.safetensors", "checkpoint-100000000.safetensors"] and len([*folder.iterdir()]) == 7
+    assert newest_checkpoint(folder).name == "checkpoint-100000000.safetensors"
 
 
 @pytest.fixture
@@ -296,12 +297,15 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoints(data, tmp_path,
 
 
 def test_fp16_goes_on_with_its_scaler(data, tmp_path):
-    whole = train(RECIPE, data, tmp_path / "whole", precision="fp16")
+    short = dataclasses.replace(RECIPE, epochs=1)
+    whole = train(short, data, tmp_path / "whole", precision="fp16")
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 9)
-        with pytest.raises(Stop): train(RECIPE, data, tmp_path / "stopped", precision="fp16", save_every=4)
-    again = train(RECIPE, data, tmp_path / "stopped", precision="fp16")
+        stop_at(patch, 6)
+        with pytest.raises(Stop): train(short, data, tmp_path / "stopped", precision="fp16", save_every=4)
+    again = train(short, data, tmp_path / "stopped", precision="fp16")
     assert same_weights(whole, again) and log_of(tmp_path / "whole") == log_of(tmp_path / "stopped")
+    with safe_open(newest_checkpoint(tmp_path / "stopped"), framework="pt") as file: (last,) = json.loads(file.metadata()["history"])
+    assert last["scaler"]["scale"] == 1024 and last["scaler"]["_growth_tracker"] == 10  # of its start, and the steps since
 
 
 class Steps:
@@ -348,12 +352,13 @@ def test_held_out_shards_are_scored_on_the_way(folder, data, tmp_path, whole_run
 
 
 def test_a_stopped_run_scores_as_one_that_was_not_stopped(folder, data, tmp_path):
-    settings = dict(held_out=list_shards(folder / "held-out"), eval_every=4, save_every=6)
-    train(RECIPE, data, tmp_path / "whole", **settings)
+    short, settings = dataclasses.replace(RECIPE, epochs=1), dict(held_out=list_shards(folder / "held-out"), eval_every=2, save_every=3)
+    train(short, data, tmp_path / "whole", **settings)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 10)
-        with pytest.raises(Stop): train(RECIPE, data, tmp_path / "stopped", **settings)
-    train(RECIPE, data, tmp_path / "stopped", **settings)
+        stop_at(patch, 5)
+        with pytest.raises(Stop): train(short, data, tmp_path / "stopped", **settings)
+    train(short, data, tmp_path / "stopped", **settings)
+    assert [line["step"] for line in log_of(tmp_path / "whole", "eval.csv")] == ["1", "3", "5", "7", "9"]
     assert log_of(tmp_path / "whole", "eval.csv") == log_of(tmp_path / "stopped", "eval.csv")
 
 
@@ -436,10 +441,10 @@ def test_what_does_not_fit_is_said(data, tmp_path, changed, settings, size, matc
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("streams", [2, 4])
-def test_accumulated_runs_are_runs_at_once(data, tmp_path, streams):
-    train(RECIPE, data, tmp_path / "once", streams=streams)
-    train(RECIPE, data, tmp_path / "parts", streams=streams, accumulate=True)
+def test_accumulated_runs_are_runs_at_once(data, tmp_path):
+    short = dataclasses.replace(RECIPE, epochs=1)
+    train(short, data, tmp_path / "once", streams=4)
+    train(short, data, tmp_path / "parts", streams=4, accumulate=True)
     for a, b in zip(log_of(tmp_path / "once"), log_of(tmp_path / "parts"), strict=True): assert abs(float(a["total"]) - float(b["total"])) < 1e-3
     with pytest.raises(ValueError, match="BatchNorm.*do not accumulate"):
         train(dataclasses.replace(RECIPE, student="kklip-laptop", imagenet=False), data, tmp_path / "norms", accumulate=True)
