@@ -67,7 +67,7 @@ def finished(photos, fake_teacher, tmp_path_factory):
     "All stages, run once in this process: data, held-out (shards alone) and run."
     from kklip_nb import teacher
     from kklip_nb.scale.command_line import main
-    work, other = tmp_path_factory.mktemp("work"), make_photos(tmp_path_factory.mktemp("other"), 100)
+    work, other = tmp_path_factory.mktemp("work") / "wörk [1] {a} %s", make_photos(tmp_path_factory.mktemp("other"), 100)
     data, held_out, run = (str(work / name) for name in ("data", "held-out", "run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher, "load_teacher", fake_teacher)

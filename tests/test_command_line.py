@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from kklip_nb import teacher
 from kklip_nb.scale import command_line as cli
 from kklip_nb.scale.command_line import main, message, parse
 from kklip_nb.scale.loader import shard_recipe
-from kklip_nb.training import LAPTOP, PAPER, Recipe
+from kklip_nb.training import LAPTOP, PAPER
 
 SMALL = "--k 4 --student kklip-laptop-vit --no-imagenet --train-image all --batch-size 8 --epochs 2 --warmup 1".split()  # as in conftest
 
@@ -56,14 +57,6 @@ def test_fields_are_read_by_their_type(line, name, value):
 def test_a_value_of_another_type_is_refused(line, capsys):
     with pytest.raises(SystemExit) as stop: given(*line.split())
     assert stop.value.code == 2 and capsys.readouterr().err
-
-
-def test_every_field_but_the_words_is_an_option():
-    for f in dataclasses.fields(Recipe):
-        if f.name in cli.FOR_WORDS: continue
-        value, option = getattr(PAPER, f.name), f.name.replace("_", "-")
-        line = [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
-        assert getattr(given(*line), f.name) == value
 
 
 def test_recipes_by_name():
@@ -266,8 +259,124 @@ def test_each_worker_of_a_machine_takes_its_own_gpu(finished, fake_teacher, monk
     assert main(["embed", str(finished / "data"), "--layer", "-1"]) == 0 and asked == ["cuda:3"]
 
 
-@pytest.mark.parametrize("rows, said", [([dict(image=None, text="a")], "no column 'caption'"), ([dict(image=None, caption=["a", "b"])], "is a list; expected one text")])
+PICTURE = object()
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([dict(image=PICTURE, text="a")], "row 0 of someone/pictures has no column 'caption'"), ([dict(image=PICTURE, caption="a"), dict(image=PICTURE, caption=["a", "b"])], "row 1 .* is a list; expected one text"),
+    ([dict(image=PICTURE, caption=3)], "row 0 .*'caption' is a int"), ([dict(image=PICTURE, caption=None)], "row 0 .*'caption' is a NoneType.*drop the row"),
+    ([dict(image=None, caption="a")], "row 0 .*no picture in 'image'"), ([dict(image=PICTURE, caption="\ud83d")], "row 0 .*half a character")])
 def test_a_hub_data_set_of_another_kind_is_an_error(monkeypatch, rows, said, tmp_path, capsys):
     import datasets
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: iter(rows))
-    assert main(["shards", "hub:someone/pictures", str(tmp_path)]) == 1 and said in capsys.readouterr().err
+    with pytest.raises(ValueError, match=said): list(cli.hub_pairs("someone/pictures"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: iter(rows[-1:]))
+    assert main(["shards", "hub:someone/pictures", str(tmp_path)]) == 1 and len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
+
+
+def test_a_hub_data_set_is_streamed_pair_by_pair(monkeypatch):
+    import datasets
+    asked = []
+    rows = [dict(file=f"picture {i}", image="no", text=f"text {i}", caption="no") for i in range(3)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **how: asked.append((args, how)) or iter(rows))
+    assert list(cli.hub_pairs("me/set", "test", "file", "text")) == [(f"picture {i}", f"text {i}") for i in range(3)]
+    assert asked == [(("me/set",), dict(split="test", streaming=True))]
+
+
+@pytest.mark.parametrize("error", [ValueError("Bad split: tset. Available splits: ['train']"), FileNotFoundError("no such set"), ConnectionError("no net"), RuntimeError("scripts are no longer supported")])
+def test_a_hub_that_says_no_is_one_line(monkeypatch, error, tmp_path, capsys):
+    import datasets
+    def refuse(*args, **how): raise error
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    assert main(["shards", "hub:me/set", str(tmp_path), "--split", "tset"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"kklip shards: cannot open 'me/set', split 'tset', on the hub: {error}"
+
+
+@pytest.mark.parametrize("table, text, said", [
+    ("captions.csv", "image,caption\na.png,fine\nb.png\n", "row 1 of .*'caption' is a NoneType"), ("t.jsonl", '{"image": "a.png", "caption": 3}', "row 0 of .*'caption' is a int"),
+    ("t.jsonl", '{"image": "a.png", "caption": "\\ud83d"}', "half a character"), ("captions.csv", "picture,caption\na.png,fine\n", "no column 'image'"),
+    ("captions.csv", "image,caption\n../a.png,x\n", "leads out of"), ("captions.csv", "image,caption\n,x\n", "row 0 names no image")])
+def test_a_table_of_another_kind_is_an_error(tmp_path, table, text, said, capsys):
+    (tmp_path / table).write_text(text)
+    with pytest.raises(ValueError, match=said): list(cli.folder_pairs(tmp_path, table))
+    assert main(["shards", str(tmp_path), str(tmp_path / "data"), "--table", table]) == 1 and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_folder_s_pairs_are_read_from_the_named_columns(tmp_path):
+    (tmp_path / "captions.csv").write_text("image,caption,file,text\nno.png,no,a.png,{braces} 50 %\nno.png,no,b/c.png,<b> $x$ ü\n", encoding="utf-8")
+    assert list(cli.folder_pairs(str(tmp_path), image_column="file", caption_column="text")) == [(tmp_path / "a.png", "{braces} 50 %"), (tmp_path / "b/c.png", "<b> $x$ ü")]
+
+
+# --- embeddings and concepts of another recipe
+
+def data_of(**changes):
+    "An opened data folder, as far as check_agrees reads it."
+    recipe = dict(pooling="last", layer="-1", prompt="{}", k="4", normalise="unit", teacher="smollm2 sha256:0")
+    return SimpleNamespace(concepts=SimpleNamespace(meta=recipe | changes))
+
+
+AGREED = dataclasses.replace(LAPTOP, pooling="last", layer=-1, prompt="{}", k=4, normalise="unit")
+
+
+@pytest.mark.parametrize("field, value", [("pooling", "mean"), ("layer", 1), ("prompt", "a {}"), ("k", 5), ("normalise", "raw"), ("teacher", "gpt2")])
+def test_a_recipe_that_the_data_were_not_made_with_is_refused(field, value):
+    cli.check_agrees(AGREED, data_of())
+    with pytest.raises(ValueError, match=f"'{field}': .*{value}.*give the same recipe"): cli.check_agrees(dataclasses.replace(AGREED, **{field: value}), data_of())
+    cli.check_agrees(dataclasses.replace(AGREED, **{field: value}), data_of(**{field: f"{value} commit:0 bfloat16" if field == "teacher" else str(value)}))
+
+
+def test_a_folder_called_like_a_teacher_switches_off_no_check(tmp_path, monkeypatch):
+    import hashlib
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2", "gpt2", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    digest, theirs = (hashlib.sha256(("config.json" + hashlib.sha256(name).hexdigest()).encode()).hexdigest() for name in (b"mine", b"smollm2"))
+    for recorded, asked, fits in (
+            ("smollm2 sha256:0", "smollm2", True), ("gpt2 commit:1", "smollm2", False), (f"folder sha256:{digest}", "smollm2", False), (f"folder sha256:{theirs}", "smollm2", False),  # 'smollm2' is always the packaged one
+            ("gpt2 commit:1", "gpt2", True), ("smollm2 sha256:0", "gpt2", False), (f"folder sha256:{digest}", "gpt2", False),
+            (f"folder sha256:{digest}", "mine", True), (f"folder sha256:{digest} bfloat16", str(tmp_path / "mine"), True), (f"folder sha256:{theirs}", "./smollm2", True), ("smollm2 sha256:0", "mine", False), (f"folder sha256:{digest}", "not-here", False)):
+        recipe = dataclasses.replace(AGREED, teacher=asked)
+        if fits: cli.check_agrees(recipe, data_of(teacher=recorded)); continue
+        with pytest.raises(ValueError, match="'teacher'.*give the same recipe"): cli.check_agrees(recipe, data_of(teacher=recorded))
+    (tmp_path / "mine" / "config.json").write_text("changed")
+    with pytest.raises(ValueError, match="'teacher'"): cli.check_agrees(dataclasses.replace(AGREED, teacher="mine"), data_of(teacher=f"folder sha256:{digest}"))
+
+
+# --- what is printed, and what is in the way
+
+def test_scores_are_printed_in_percent_but_for_ranks(monkeypatch, capsys):
+    from kklip_nb.scale import export, shards
+    asked = []
+    monkeypatch.setattr(shards, "list_shards", lambda where: [f"{where}/0.tar"])
+    monkeypatch.setattr(export, "evaluate_run", lambda *args: asked.append(args) or {"i2t_r1": 0.125, "t2i_median_rank": 3.5})
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main(["evaluate", "run", "."]) == 0 and asked[0][2] == "tests"  # a dot has a name, too
+    assert capsys.readouterr().out.splitlines() == ["i2t_r1                12.5 %", "t2i_median_rank         3.5"]
+
+
+def test_what_a_stage_has_done_is_said(finished, capsys, fake_teacher, monkeypatch):
+    monkeypatch.setattr(teacher, "load_teacher", fake_teacher)
+    assert main(["embed", str(finished / "data"), "--layer", "-1"]) == main(["cluster", str(finished / "data"), "--layer", "-1", "--k", "4"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("worker 0 of 1: 0 shards, 0 captions embedded, 0 samples skipped; in ") and said[1].startswith("4 concepts of 40 captions; in ")
+
+
+def test_a_file_where_a_folder_belongs_is_named(finished, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert main(["train", str(finished / "data"), str(run), "--layer", "-1", *SMALL]) == 1
+        error = capsys.readouterr().err.strip()
+        assert str(run) in error and error.endswith("expected a folder there") and len(error.splitlines()) == 1
+    assert message(IsADirectoryError(errno.EISDIR, "Is a directory", "log.csv")).endswith("'log.csv'; expected a file there")
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"{}"])
+def test_a_run_s_damaged_papers_are_written_again(finished, tmp_path, content):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    before = json.loads((run / "run.json").read_text())
+    (run / "run.json").unlink() if content is None else (run / "run.json").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kklip_nb.scale.long_run.train_shards", lambda *args, **how: None)
+        assert main(["train", str(finished / "data"), str(run), "--layer", "-1", *SMALL]) == 0
+    assert json.loads((run / "run.json").read_text()) == before

@@ -1,6 +1,7 @@
 """Many processes against one, micro-batches against the whole batch, and steps that are not finite."""
 
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
@@ -155,6 +156,35 @@ def test_a_broken_picture_in_one_process_moves_no_weight_in_any(worlds):
     assert furthest(worlds[1]["broken"], worlds[2]["broken"]) == 0
 
 
+def test_a_place_that_makes_no_sense_is_named(monkeypatch):
+    for places, said in ((dict(RANK="one"), "RANK='one'; expected a whole number"), (dict(WORLD_SIZE=""), "WORLD_SIZE=''"), (dict(LOCAL_RANK="-1"), "LOCAL_RANK='-1'"), (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 of WORLD_SIZE=2; expected less")):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in places.items(): patch.setenv(name, value)
+            with pytest.raises(ValueError, match=said), start_world(): pass
+
+
+def test_the_world_is_joined_and_left_as_torchrun_says(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: said.append((backend, timeout.total_seconds())))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: said.append("left"))
+    with start_world() as world: assert world == World(0, 1, torch.device("cpu")) and not said  # alone there is nothing to join
+    for name, value in dict(RANK="1", WORLD_SIZE="3", LOCAL_RANK="1").items(): monkeypatch.setenv(name, value)
+    with start_world() as world: assert world == World(1, 3, torch.device("cpu"))
+    assert said == [("gloo", 7200), "left"]
+
+
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    taken = []
+    for name, result in dict(is_available=lambda: True, device_count=lambda: 2, set_device=taken.append).items(): monkeypatch.setattr(torch.cuda, name, result)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", taken.append)
+    for name, value in dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1").items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: taken.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with start_world() as world: assert world.device == torch.device("cuda", 1) and taken == [1, "high", "nccl"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 has no GPU of its own, this machine has 2"), start_world(): pass
+
+
 def test_an_error_says_in_which_process_it_arose(monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")): monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
@@ -265,6 +295,17 @@ def test_the_precision_is_chosen_by_the_device():
     with pytest.raises(ValueError, match="'fp64'; expected 'auto', 'fp32', 'bf16' or 'fp16'"): choose_precision("fp64", cpu)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "fp8", ""])
+def test_a_precision_that_is_none_is_never_taken_for_bf16(precision):
+    with pytest.raises(ValueError, match=f"precision={precision!r}; expected 'auto', 'fp32'"): backward_global(wrap(tiny_student(), ALONE, TINY), [some_batch()], TINY, ALONE, precision)
+
+
+def test_micro_batches_of_unequal_size_are_refused():
+    batch, model = some_batch(), wrap(tiny_student(), ALONE, TINY)
+    for parts, said in (([batch_of(batch, [0, 1, 2]), batch_of(batch, [3, 4])], r"\[3, 2\] pairs"), ([], r"\[\] pairs")):
+        with pytest.raises(ValueError, match=f"micro-batches of {said}; expected at least one, all of one size"): backward_global(model, parts, TINY, ALONE)
+
+
 def test_a_long_gradient_is_shortened_as_torch_does_it():
     students = [tiny_student(), tiny_student()]
     models = [wrap(s, ALONE, TINY) for s in students]
@@ -322,6 +363,21 @@ def test_batchnorm_that_learns_is_alone_or_on_gpus(data):
     assert learns_norms(student)
     wrap(student, ALONE, RECIPE)
     with pytest.raises(ValueError, match="BatchNorm that learns needs GPUs, one process"): wrap(student, World(0, 2, ALONE.device), RECIPE)
+
+
+@pytest.mark.parametrize("concept_on, unused", [("both", False), ("concat", False), ("image", True), ("text", True)])
+def test_a_concept_head_that_no_loss_reads_is_told_to_torch(concept_on, unused, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **how: asked.append(how) or model)
+    model = wrap(tiny_student(), World(0, 2, ALONE.device), dataclasses.replace(TINY, concept_on=concept_on))
+    assert asked == [dict(broadcast_buffers=False, find_unused_parameters=unused)] and isinstance(model, distributed.Losses)
+
+
+def test_the_total_weighs_the_losses_as_the_recipe_says():
+    recipe = dataclasses.replace(TINY, alpha=3.0, beta=5.0, gamma=7.0)
+    for parts in (1, 4):
+        found = {k: v.item() for k, v in backward_global(wrap(tiny_student(), ALONE, recipe), cut(some_batch(), parts), recipe, ALONE).items()}
+        assert found["total"] == pytest.approx(3 * found["distillation"] + 5 * found["concept"] + 7 * found["contrastive"], rel=1e-5)
 
 
 # ---- BatchNorm

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -22,6 +24,7 @@ from kklip_nb.scale.command_line import main
 from kklip_nb.scale.export import evaluate_export, export_model, export_run, write_card
 from kklip_nb.scale.shards import list_shards, open_picture, read_shard, usable_samples, write_shards
 from kklip_nb.student import build_student, prepare_images, tokenize
+from kklip_nb.teacher import captions_hash
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ def test_a_checkpoint_of_other_data_is_refused(run):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="run.json is missing"): export_run(tmp_path)
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"data": {}}')
     with pytest.raises(FileNotFoundError, match="no checkpoint"): export_run(tmp_path)
     with pytest.raises(FileNotFoundError, match="run kklip export"): evaluate_export(tmp_path, [])
 
@@ -160,8 +163,97 @@ def test_evaluation_of_what_was_trained_on_is_refused(finished, run, capsys, tmp
     assert "other.tar" in capsys.readouterr().err
 
 
-def test_evaluation_of_one_pair_is_refused(finished):
-    with pytest.raises(ValueError, match="at least 2"): evaluate_export(finished / "run" / "model", [str(finished / "held-out" / "shards" / "00000.tar")], limit=1)
+@pytest.mark.parametrize("how", [dict(limit=1), dict(limit=0), dict(limit=-1), dict(batch_size=0)])
+def test_evaluation_of_one_pair_is_refused(finished, how):
+    with pytest.raises(ValueError, match=f"{[*how][0]}={[*how.values()][0]}; expected at least"):
+        evaluate_export(finished / "run" / "model", [str(finished / "held-out" / "shards" / "00000.tar")], **how)
+
+
+def test_a_training_shard_in_other_letters_is_still_refused(finished, run, tmp_path):
+    "Captions that read the same: other case, full width; and what a run of an earlier version has written down."
+    wide = str.maketrans({chr(c): chr(c + 0xFEE0) for c in range(ord("a"), ord("z") + 1)})
+    pairs = [(np.zeros((8, 8, 3), np.uint8), f"thing number {i}") for i in range(20)]
+    for name, change in (("upper", str.upper), ("wide", lambda c: c.translate(wide)), ("same", str)):
+        (url,) = write_shards([(image, change(c)) for image, c in pairs], tmp_path / name, 20, 8)
+        with pytest.raises(ValueError, match=f"{name}.00000.tar is one of the shards that were trained on"): export.evaluate_run(run, [str(url)], name)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | dict(trained_on={"00000": captions_hash([c for _, c in pairs])})))
+    with pytest.raises(ValueError, match="trained on"): export.evaluate_run(run, [str(url)], "same")
+
+
+# --- what is damaged
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"null", b"\xff\xfe", b"{}", "folder"])
+def test_papers_that_are_damaged_are_named(run, content, finished):
+    for name, act in (("run.json", export_run), ("run.json", write_card), ("run.json", lambda run: export.evaluate_run(run, list_shards(finished / "held-out" / "shards"), "x")), ("results.json", write_card)):
+        before = (run / name).read_bytes()
+        (run / name).unlink()
+        if content == "folder": (run / name).mkdir()
+        else: (run / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged or not of this package"): act(run)
+        (run / name).rmdir() if content == "folder" else (run / name).unlink()
+        (run / name).write_bytes(before)
+
+
+def test_a_recipe_of_another_version_is_named(run):
+    facts = json.loads((run / "run.json").read_text())
+    facts["recipe"]["momentum"] = 0.9
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="run.json holds no recipe of this version .*momentum"): write_card(run)
+    facts["recipe"] = dict(k=0)
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="run.json holds no recipe of this version .*k=0"): write_card(run)
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("open_clip_model.safetensors", None, "no model in .*: open_clip_model.safetensors is missing; run kklip export"), ("open_clip_config.json", None, "open_clip_config.json is missing"),
+    ("open_clip_model.safetensors", b"", "damaged"), ("open_clip_model.safetensors", "cut", "damaged"), ("open_clip_config.json", b"{", "damaged"), ("open_clip_config.json", b"{}", "damaged")])
+def test_a_damaged_export_is_never_evaluated(finished, run, name, content, said):
+    "open_clip only warns where there are no weights, and would score random ones."
+    path, urls = run / "model" / name, list_shards(finished / "held-out" / "shards")
+    if content is None: path.unlink()
+    else: path.write_bytes(path.read_bytes()[:-40] if content == "cut" else content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{said}"): evaluate_export(run / "model", urls)
+    if name.endswith("safetensors") and content is not None:
+        with pytest.raises(ValueError, match="sha256.*run kklip export"): export.evaluate_run(run, urls, "x")
+    if content == "cut": assert evaluate_export(export_run(run), urls, limit=4)[1] == 4
+
+
+def test_another_model_in_the_folder_does_not_get_the_run_s_scores(finished, run):
+    export_model(build_student("kklip-laptop-vit", imagenet=False, train_image="all", seed=5), "kklip-laptop-vit", run / "model")
+    with pytest.raises(ValueError, match="open_clip_model.safetensors was made otherwise.*run kklip export"): export.evaluate_run(run, list_shards(finished / "held-out" / "shards"), "x")
+
+
+def test_a_model_is_exported_under_a_name_that_open_clip_knows(tmp_path):
+    with pytest.raises(ValueError, match="no model 'no-such'"): export_model(build_student("kklip-laptop-vit", imagenet=False, train_image="all"), "no-such", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# --- a user's text on the card
+
+NASTY = "a | b <script>x</script> `c` *d* _e_ __f__ [g](h) $i$ & &amp; ~~k~~ {l} %s 日本\n---\n# heading\n- item"
+
+
+def test_a_user_s_text_is_shown_on_the_card_as_it_is(run):
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table").enable("strikethrough")
+    from huggingface_hub import ModelCard
+    facts, results = (json.loads((run / name).read_text()) for name in ("run.json", "results.json"))
+    facts["recipe"]["prompt"] = facts["teacher"]["prompt"] = f"{{}} {NASTY}"
+    facts["model"]["checkpoint"] = facts["recipe"]["student"] = NASTY
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "results.json").write_text(json.dumps(results | dict(data=NASTY)))
+    card = write_card(run)
+    assert ModelCard.load(card).data.tags == ["clip", "knowledge-distillation"]
+    text = card.read_text(encoding="utf-8").split("---\n", 2)[2]
+    html = markdown.render(text)
+    shown = html_of(" ".join(NASTY.split()))
+    assert html.count(shown) == 5 and html.count("<h1>") == 1 and html.count("<h2>") == 3 and html.count("<table>") == 1 and html.count("<hr") == 0
+    assert "<script" not in html and "\\$i\\$" in text  # the hub reads $ as mathematics
+
+
+def html_of(text: str) -> str:
+    import html
+    return html.escape(text, quote=False)
 
 
 def test_no_more_shards_are_read_than_the_limit_needs(tmp_path, monkeypatch):
@@ -192,3 +284,70 @@ def test_pretrained_weights_keep_their_own_pixels():
     ours = dict(settings)
     export._keep_pixels(student, LAPTOP)
     assert open_clip.get_model_preprocess_cfg(student.clip) == ours
+
+
+# --- what an export holds, and how it is judged
+
+def test_the_exported_weights_are_the_checkpoint_s(run):
+    from safetensors.torch import load_file
+    state, model = load_file(sorted(run.glob("checkpoint*.safetensors"))[-1]), load_file(run / "model" / "open_clip_model.safetensors")
+    assert {k.removeprefix("student.clip.") for k in state if k.startswith("student.clip.")} == model.keys()
+    assert all(torch.equal(state[f"student.clip.{k}"], v) for k, v in model.items())
+    assert "- steps: 10" in (run / "model" / "README.md").read_text()  # 2 epochs of 5
+
+
+def test_an_export_writes_down_the_checkpoint_s_recipe_and_keeps_its_pixels(run, monkeypatch):
+    kept = []
+    monkeypatch.setattr(export, "_keep_pixels", lambda student, recipe: kept.append(recipe))
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | dict(recipe=facts["recipe"] | dict(lr=0.5))))
+    export_run(run)
+    assert json.loads((run / "run.json").read_text()) == facts and [dataclasses.asdict(recipe) for recipe in kept] == [facts["recipe"]]
+
+
+def test_a_run_is_described_in_full(monkeypatch):
+    from kklip_nb.recipe import LAPTOP
+    sidecars = [SimpleNamespace(shard=name, shape=(rows, 99), meta=dict(skipped=json.dumps(dict.fromkeys("abc"[:rows - 1], "broken")), folded=json.dumps([*range(rows)]))) for name, rows in (("x", 2), ("y", 3))]
+    meta = dict(teacher="t", pooling="last", layer="3", prompt="{}", k="4", seed="0")
+    found = export.describe_run(LAPTOP, SimpleNamespace(sidecars=sidecars, urls=["x.tar", "y.tar"], key="KEY", concepts=SimpleNamespace(meta=meta)), streams=2, max_norm=None)
+    assert found["recipe"] == dataclasses.asdict(LAPTOP) and found["training"] == dict(streams=2, max_norm=None)
+    assert found["data"] == dict(pairs=5, skipped=3, shards=2, key="KEY") and found["teacher"] == dict(teacher="t", pooling="last", layer="3", prompt="{}")
+    assert found["trained_on"] == {"x": captions_hash([0, 1]), "y": captions_hash([0, 1, 2])} and found["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+class Judged(torch.nn.Module):
+    "Reads three columns of a picture, and a caption's length, first letter and checksum; in evaluation mode alone."
+
+    def encode_image(self, images):
+        assert not self.training and torch.is_inference_mode_enabled()
+        return torch.stack([images[:, 0, :, at:at + 2].mean((1, 2)) for at in (0, 3, 6)], 1) - 0.5
+
+    def encode_text(self, captions):
+        assert not self.training
+        return torch.tensor([[len(c) / 20 - 0.5, (ord(c[0].lower()) - 96) / 26 - 0.5, zlib.crc32(c.encode()) / 2**32 - 0.5] for c in captions])
+
+    def to(self, device): self.asked = device; return super().to("cpu")
+
+
+def test_an_export_is_judged_pair_by_pair(tmp_path, monkeypatch, rng):
+    "Against recall and ranks by loops; captions that read the same are right answers for each other."
+    from test_long_run import naive_scores
+    captions = ["a dog", "A  DOG", "zebra", "a dog", *("bcdefgh"[i % 7] * (1 + i % 5) + f" {i}" for i in range(20))]
+    urls = [str(p) for p in write_shards([(rng.integers(256, size=(8, 8, 3), dtype=np.uint8), c) for c in captions], tmp_path / "shards", 9, 8)]
+    model, seen = Judged(), []
+    def preprocess(image): seen.append(image); return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda name: (model, None, preprocess))
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: Captions)
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"): (tmp_path / name).write_text("")
+    for limit in (5000, 11):
+        seen.clear()
+        scores, pairs = evaluate_export(tmp_path, urls, limit, 5, "cpu:0")
+        n = min(limit, 24)
+        with torch.inference_mode(): images, texts = model.encode_image(torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in seen])), model.encode_text(captions[:n])
+        assert pairs == len(seen) == n and model.asked == "cpu:0" and scores == pytest.approx(naive_scores(images, texts, [" ".join(c.lower().split()) for c in captions[:n]]))
+    assert scores["i2t_r5"] != scores["t2i_r5"] and 0 < scores["i2t_r5"] < 1
+
+
+class Captions(list):
+    "A tokeniser's result that may be sent to a device."
+    def to(self, device): return self

@@ -3,16 +3,25 @@
 import csv
 import dataclasses
 import errno
+import io
+import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -58,6 +67,27 @@ def whole_run(data, tmp_path_factory):
     return train(RECIPE, data, folder), folder
 
 
+def test_every_logged_step_has_its_rate_and_epoch(whole_run):
+    "Three steps of linear warm-up, then half a cosine over the other 17; two epochs of 10 steps."
+    log = log_of(whole_run[1])
+    rates = [RECIPE.lr * (step + 1) / 3 if step < 3 else RECIPE.lr * (1 + math.cos(math.pi * (step - 3) / 17)) / 2 for step in range(STEPS)]
+    assert [float(line["lr"]) for line in log] == pytest.approx(rates, rel=1e-12) and [int(line["epoch"]) for line in log] == [0] * 10 + [1] * 10
+    assert [int(line["step"]) for line in log] == [*range(STEPS)] and {line["skipped"] for line in log} == {"0"}
+    for line in log: assert float(line["total"]) == pytest.approx(2 * float(line["distillation"]) + float(line["concept"]) + float(line["contrastive"]), rel=1e-5)
+    state = load_file(newest_checkpoint(whole_run[1]))
+    assert float(log[-1]["logit_scale"]) == pytest.approx(math.exp(state["student.clip.logit_scale"].item()), rel=1e-5)
+    assert all(float(line["gradient_norm"]) > 0 for line in log)
+
+
+def test_a_checkpoint_says_what_made_it(whole_run, data):
+    with safe_open(newest_checkpoint(whole_run[1]), framework="pt") as file: metadata = file.metadata()
+    (last,) = json.loads(metadata["history"])
+    assert {k: last[k] for k in ("step", "epoch", "skipped", "streams", "data", "precision", "max_norm", "augment", "scaler")} == dict(
+        step=19, epoch=1, skipped=0, streams=2, data=data.key, precision="fp32", max_norm=None, augment=True, scaler={})
+    assert json.loads(metadata["recipe"]) == dataclasses.asdict(RECIPE) and metadata["epoch"] == "1"
+    assert last["lr"] == float(log_of(whole_run[1])[-1]["lr"])
+
+
 def stop_at(monkeypatch, step: int) -> None:
     "An exception before the line of this step is written."
     write = Log.write
@@ -76,7 +106,7 @@ def assert_same_run(student, folder, whole_run) -> None:
     assert not list(folder.glob(".*.part"))
 
 
-@pytest.mark.parametrize("step, save_every", [(0, 1), (1, 1), (12, 1), (7, 2), (8, 2), (4, 5), (9, 5), (17, 5)])
+@pytest.mark.parametrize("step, save_every", [(0, 1), (12, 1), (7, 2), (9, 5), (17, 5)])
 def test_a_stopped_run_goes_on_to_the_bit(data, tmp_path, whole_run, step, save_every):
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, step)
@@ -117,6 +147,44 @@ def test_trim_log_keeps_what_the_checkpoint_has(tmp_path):
     assert (tmp_path / "new.csv").read_text().split() == [header]
 
 
+def test_a_damaged_log_loses_its_damaged_lines_alone(tmp_path):
+    path, cell = tmp_path / "log.csv", ["1"] * (len(FIELDS) - 1)
+    good, header = [",".join([str(i), *cell]) for i in range(3)], ",".join(FIELDS)
+    for damage in ("", "0", "1,0,0.0", "0,0,0.0" + good[2], "x," + ",".join(cell), ",".join(["-1", *cell]), ",".join(["1.5", *cell]), "\0" * 300, "\xff,\xfe", '"'):
+        path.write_bytes("\r\n".join([header, good[0], damage, good[1], damage]).encode("latin1"))
+        trim_log(path, 2)
+        found = path.read_text().split()
+        assert found[:2] == [header, good[0]] and (found[2:] == [good[1]] or damage == '"'), damage
+    path.write_bytes(b"\0" * 200)  # what a power cut can leave
+    trim_log(path, 2)
+    assert path.read_text().split() == [header]
+    path.write_text("step,epoch,loss\n0,0,1\n")
+    with pytest.raises(ValueError, match=r"log.csv has the columns \['step', 'epoch', 'loss'\]; expected .*move it away"): trim_log(path, 2)
+    assert path.read_text() == "step,epoch,loss\n0,0,1\n"
+
+
+def test_a_log_has_a_line_a_step_and_a_board_its_numbers(tmp_path):
+    told, names = [], ("step", "epoch", "lr")
+    board = SimpleNamespace(add_scalar=lambda *what: told.append(what), close=lambda: told.append("closed"))
+    (tmp_path / "log.csv").write_text("step,epoch,lr\n0,0,1.0\n1,0,2.0\n")
+    log = Log(tmp_path / "log.csv", 1, names, board)
+    log.write(dict(step=1, epoch=0, lr=0.5))
+    assert (tmp_path / "log.csv").read_text().split() == ["step,epoch,lr", "0,0,1.0", "1,0,0.5"]  # at once: a kill loses nothing
+    log.close()
+    assert told == [("lr", 0.5, 1), "closed"]
+
+
+def test_only_our_checkpoints_are_counted_and_deleted(tmp_path, data):
+    folder = tmp_path / "run [1] {a} * %s"
+    folder.mkdir()
+    for name in ("best", "00000001-copy", "00000002 (copy)", "", "1e3"): (folder / f"checkpoint-{name}.safetensors").write_text("mine")
+    assert newest_checkpoint(folder) is None and list_checkpoints(folder) == []
+    student = start_student(RECIPE, data, ALONE)
+    for steps in (3, 12, 100_000_000): long_run.keep_checkpoint(folder, 2, steps, student, torch.optim.SGD(student.parameters()), RECIPE, 0, [])
+    assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-00000012.safetensors", "checkpoint-100000000.safetensors"] and len([*folder.iterdir()]) == 7
+    assert newest_checkpoint(folder).name == "checkpoint-100000000.safetensors"
+
+
 @pytest.fixture
 def finished(whole_run, tmp_path):
     "A copy of the whole run's folder."
@@ -136,6 +204,20 @@ def test_a_checkpoint_of_something_else_is_refused(finished, folder, data):
         with pytest.raises(ValueError, match=f"checkpoint-00000020.safetensors .*{match}.*another folder"):
             train(recipe, shards, finished, **settings)
     assert before == (newest_checkpoint(finished).read_bytes(), log_of(finished))
+
+
+def test_a_run_on_embeddings_of_another_width_is_named(finished, data):
+    "Not by what does not fit into the weights."
+    wider = data._replace(key="another", sidecars=[s._replace(shape=(s.shape[0], 20)) for s in data.sidecars])
+    with pytest.raises(ValueError, match="'data'.*belongs to another run"):
+        long_run.resume(finished, start_student(RECIPE, wider, ALONE), None, None, RECIPE, dict(data="another"), ALONE)
+
+
+def test_a_checkpoint_of_the_course_s_own_training_is_no_run_s(tmp_path, data):
+    student = start_student(RECIPE, data, ALONE)
+    for history in ([], [dict(step=0), dict(step=1)]):
+        training.save_checkpoint(tmp_path / "checkpoint-00000001.safetensors", student, torch.optim.SGD(student.parameters()), RECIPE, 1, history)
+        with pytest.raises(ValueError, match="streams.*belongs to another run"): train(RECIPE, data, tmp_path)
 
 
 def test_the_last_checkpoints_are_kept(data, tmp_path):
@@ -215,12 +297,43 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoints(data, tmp_path,
 
 
 def test_fp16_goes_on_with_its_scaler(data, tmp_path):
-    whole = train(RECIPE, data, tmp_path / "whole", precision="fp16")
+    short = dataclasses.replace(RECIPE, epochs=1)
+    whole = train(short, data, tmp_path / "whole", precision="fp16")
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 9)
-        with pytest.raises(Stop): train(RECIPE, data, tmp_path / "stopped", precision="fp16", save_every=4)
-    again = train(RECIPE, data, tmp_path / "stopped", precision="fp16")
+        stop_at(patch, 6)
+        with pytest.raises(Stop): train(short, data, tmp_path / "stopped", precision="fp16", save_every=4)
+    again = train(short, data, tmp_path / "stopped", precision="fp16")
     assert same_weights(whole, again) and log_of(tmp_path / "whole") == log_of(tmp_path / "stopped")
+    with safe_open(newest_checkpoint(tmp_path / "stopped"), framework="pt") as file: (last,) = json.loads(file.metadata()["history"])
+    assert last["scaler"]["scale"] == 1024 and last["scaler"]["_growth_tracker"] == 10  # of its start, and the steps since
+
+
+class Steps:
+    "run_steps without pictures: the gradient's length in each step is given."
+
+    def __init__(self, data, norms, last=None, **changes):
+        parts = [[SimpleNamespace(epoch=7)] * 2 for _ in norms]
+        lengths = iter(norms)
+        self.asked: list = []
+        def step_on(inputs, lr):
+            self.asked.append((inputs, lr))
+            return dict(total=1.0, gradient_norm=next(lengths))
+        student = SimpleNamespace(clip=SimpleNamespace(logit_scale=torch.zeros(())), logit_scale=torch.tensor(20.0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(long_run, "to_batch", lambda group, student, centroids, temperature: (len(group), tuple(centroids.shape), temperature))
+            self.lines: list = []
+            lines = long_run.run_steps(step_on, iter(parts), student, data, dataclasses.replace(RECIPE, **changes), last or dict(step=-1, skipped=0), 40, False)
+            for line in lines: self.lines.append(line)
+
+
+def test_ten_steps_in_a_row_are_too_many_and_nine_are_not(data):
+    bad, fine = float("nan"), 1.0
+    steps = Steps(data, ([bad] * 9 + [fine]) * 2 + [float("inf")] * 9, last=dict(step=4, skipped=3))
+    assert [line["step"] for line in steps.lines] == [*range(5, 34)] and [line["skipped"] for line in steps.lines][8::10] == [12, 21, 30]
+    assert {line["epoch"] for line in steps.lines} == {7} and {line["logit_scale"] for line in steps.lines} == {20.0}
+    assert steps.asked[0] == ([(2, (4, 16), 0.1)], pytest.approx(RECIPE.lr * (1 + math.cos(math.pi * 2 / 37)) / 2))
+    with pytest.raises(RuntimeError, match="10 steps in a row were not finite, up to step 14"): Steps(data, [fine] * 5 + [bad] * 20)
+    with pytest.raises(RuntimeError, match="up to step 9"): Steps(data, [bad] * 20)
 
 
 # --- held-out pairs
@@ -239,13 +352,58 @@ def test_held_out_shards_are_scored_on_the_way(folder, data, tmp_path, whole_run
 
 
 def test_a_stopped_run_scores_as_one_that_was_not_stopped(folder, data, tmp_path):
-    settings = dict(held_out=list_shards(folder / "held-out"), eval_every=4, save_every=6)
-    train(RECIPE, data, tmp_path / "whole", **settings)
+    short, settings = dataclasses.replace(RECIPE, epochs=1), dict(held_out=list_shards(folder / "held-out"), eval_every=2, save_every=3)
+    train(short, data, tmp_path / "whole", **settings)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 10)
-        with pytest.raises(Stop): train(RECIPE, data, tmp_path / "stopped", **settings)
-    train(RECIPE, data, tmp_path / "stopped", **settings)
+        stop_at(patch, 5)
+        with pytest.raises(Stop): train(short, data, tmp_path / "stopped", **settings)
+    train(short, data, tmp_path / "stopped", **settings)
+    assert [line["step"] for line in log_of(tmp_path / "whole", "eval.csv")] == ["1", "3", "5", "7", "9"]
     assert log_of(tmp_path / "whole", "eval.csv") == log_of(tmp_path / "stopped", "eval.csv")
+
+
+def naive_scores(images: torch.Tensor, texts: torch.Tensor, ids: list[str]) -> dict[str, float]:
+    "Recall and median rank, one query at a time."
+    cosines, found = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T, {}
+    for way, table in (("i2t", cosines), ("t2i", cosines.T)):
+        ranks = [1 + min(sum(bool(other > row[j]) for other in row) for j in range(len(ids)) if ids[j] == ids[i]) for i, row in enumerate(table)]
+        found |= {f"{way}_r{n}": float(np.mean([rank <= n for rank in ranks])) for n in (1, 5, 10)} | {f"{way}_median_rank": float(np.median(ranks))}
+    return found
+
+
+def test_an_evaluation_is_open_clip_s_and_leaves_the_run_alone(folder, data, tmp_path):
+    "Captions of unequal length, some of which read the same; features by open_clip alone, in evaluation mode."
+    captions = ["a dog", "A  Dog", "a very long caption about a cat and its tail", "é", "e\u0301", "x", *(f"thing {i}" * (1 + i % 3) for i in range(30))]
+    urls = list(map(str, write_shards([(image, c) for (image, _), c in zip(little_pairs(36, 2000), captions)], tmp_path / "held [1]", 11, 8)))
+    student = start_student(RECIPE, data, ALONE)
+    student.clip.visual.ln_pre = torch.nn.Sequential(student.clip.visual.ln_pre, torch.nn.Dropout(0.5))  # would be heard in training mode
+    before = torch.get_rng_state(), {k: v.clone() for k, v in student.state_dict().items()}
+    found = long_run.evaluate_shards(student, urls, batch_size=5)
+    assert torch.equal(torch.get_rng_state(), before[0]) and all(torch.equal(v, student.state_dict()[k]) for k, v in before[1].items())
+    assert all(m.training for m in student.modules()) and torch.is_grad_enabled()
+    transform, clip = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip)), is_train=False), student.eval().clip
+    samples = [s for url in urls for s in read_shard(url)]
+    with torch.no_grad():
+        images = clip.encode_image(torch.stack([transform(Image.open(io.BytesIO(s["jpg"]))) for s in samples]))
+        texts = clip.encode_text(open_clip.SimpleTokenizer(context_length=8)(captions))
+    ids = ["a dog", "a dog", captions[2], "é", "é", *captions[5:]]
+    assert found == pytest.approx(naive_scores(images, texts, ids) | dict(pairs=36))
+    few = long_run.evaluate_shards(student, urls, limit=13)  # of the second shard two
+    assert few == pytest.approx(naive_scores(images[:13], texts[:13], ids[:13]) | dict(pairs=13)) and student.training
+
+
+@pytest.mark.parametrize("how", [dict(limit=1), dict(limit=0), dict(limit=-5), dict(batch_size=0)])
+def test_an_evaluation_of_nothing_is_refused(how, folder, data):
+    with pytest.raises(ValueError, match=f"{[*how][0]}={[*how.values()][0]}; expected at least"): long_run.evaluate_shards(start_student(RECIPE, data, ALONE), list_shards(folder / "held-out"), **how)
+
+
+def test_a_training_shard_in_other_letters_is_no_held_out_shard(data, tmp_path):
+    for name, count, first in (("whole", 13, 13), ("half", 20, 0)):  # shard 1 under other keys; 13 of 20 pairs under their own
+        pairs = [(image, c.upper().replace(" ", "\u3000")) for image, c in little_pairs(count, first)]
+        urls = list(map(str, write_shards(pairs, tmp_path / name, count, 8)))
+        with pytest.raises(ValueError, match=f"{name}.00000.tar is among the training shards"): check_held_out(urls, data)
+    few = write_shards([*little_pairs(10), *little_pairs(10, 3000)], tmp_path / "few", 20, 8)  # no more than half
+    check_held_out([str(few[0])], data)
 
 
 def test_training_shards_are_no_held_out_shards(folder, data, tmp_path):
@@ -270,6 +428,10 @@ def test_training_shards_are_no_held_out_shards(folder, data, tmp_path):
     (dict(), dict(streams=0), 1, "streams=0; expected at least 1"),
     (dict(), dict(keep=0), 1, "keep=0; expected at least 1"),
     (dict(), dict(save_every=0), 1, "save_every=0; expected at least 1"),
+    (dict(), dict(eval_every=0), 1, "eval_every=0; expected at least 1"),
+    (dict(), dict(workers=-1), 1, "workers=-1; expected at least 0"),
+    (dict(), dict(save_every=2.5), 1, "save_every=2.5; expected at least 1, a whole number"),
+    (dict(), dict(max_norm=float("nan")), 1, "max_norm=nan; expected more than 0"),
     (dict(), dict(max_norm=0.0), 1, "max_norm=0.0; expected more than 0"),
     (dict(), dict(accumulate=True, streams=1), 1, "accumulate needs several streams a process.*give 4"),
     (dict(), dict(precision="fp8"), 1, "precision='fp8'; expected 'auto'"),
@@ -279,10 +441,10 @@ def test_what_does_not_fit_is_said(data, tmp_path, changed, settings, size, matc
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("streams", [2, 4])
-def test_accumulated_runs_are_runs_at_once(data, tmp_path, streams):
-    train(RECIPE, data, tmp_path / "once", streams=streams)
-    train(RECIPE, data, tmp_path / "parts", streams=streams, accumulate=True)
+def test_accumulated_runs_are_runs_at_once(data, tmp_path):
+    short = dataclasses.replace(RECIPE, epochs=1)
+    train(short, data, tmp_path / "once", streams=4)
+    train(short, data, tmp_path / "parts", streams=4, accumulate=True)
     for a, b in zip(log_of(tmp_path / "once"), log_of(tmp_path / "parts"), strict=True): assert abs(float(a["total"]) - float(b["total"])) < 1e-3
     with pytest.raises(ValueError, match="BatchNorm.*do not accumulate"):
         train(dataclasses.replace(RECIPE, student="kklip-laptop", imagenet=False), data, tmp_path / "norms", accumulate=True)

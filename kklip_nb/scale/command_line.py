@@ -45,6 +45,16 @@ def _urls(data: Path, shards: str | None) -> list[str]:
     return list_shards(shards or data / "shards")
 
 # %% ../../nbs/scale/09_command_line.ipynb #14dc6054
+def _text(what: object, i: int, row: dict[str, Any], column: str) -> str:
+    "The caption of a row; a ValueError where it is no text, or none that UTF-8 can hold."
+    text, advice = row[column], "expected one text; drop the row, or name another column"
+    if not isinstance(text, str):
+        raise ValueError(f"row {i} of {what}: {column!r} is a {type(text).__name__}; {advice}")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"row {i} of {what}: {column!r} holds half a character; {advice}")
+    return text
+
+
 def folder_pairs(
     folder: str | Path,
     table: str = "captions.csv",  # .csv or .jsonl in that folder
@@ -57,7 +67,7 @@ def folder_pairs(
     rows = _read_table(path)
     _check_columns(path, rows, image_column, caption_column)
     for i, row in enumerate(rows):
-        yield _inside(Path(folder), row[image_column], i), row[caption_column]
+        yield _inside(Path(folder), row[image_column], i), _text(path, i, row, caption_column)
 
 # %% ../../nbs/scale/09_command_line.ipynb #6515491a
 def hub_pairs(
@@ -70,13 +80,14 @@ def hub_pairs(
     from datasets import load_dataset
 
     from kklip_nb.own_pairs import _check_columns
-    for i, row in enumerate(load_dataset(name, split=split, streaming=True)):
+    try: rows = load_dataset(name, split=split, streaming=True)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise ValueError(f"cannot open {name!r}, split {split!r}, on the hub: {error}") from error
+    for i, row in enumerate(rows):
         _check_columns(name, [row], image_column, caption_column)
-        kind = type(row[caption_column]).__name__
-        if kind != "str":
-            raise ValueError(f"row {i} of {name}: {caption_column!r} is a {kind}; "
-                             "expected one text")
-        yield row[image_column], row[caption_column]
+        if row[image_column] is None:
+            raise ValueError(f"row {i} of {name} has no picture in {image_column!r}; drop such rows")
+        yield row[image_column], _text(name, i, row, caption_column)
 
 # %% ../../nbs/scale/09_command_line.ipynb #bc2d5ea8
 @dataclass
@@ -104,13 +115,6 @@ class Shards:
         paths = write_shards(pairs, self.data / "shards", self.per_shard, self.size, progress=True)
         print(f"{len(paths)} shards in {self.data / 'shards'}")
 
-# %% ../../nbs/scale/09_command_line.ipynb #9e100001
-def _rank() -> tuple[int, int, int]:
-    "This process's rank, the number of processes, and its rank on this machine, as torchrun says."
-    names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    rank, size, local = (int(os.environ.get(name, usual)) for name, usual in names.items())
-    return rank, size, local
-
 # %% ../../nbs/scale/09_command_line.ipynb #2ae5ec62
 @dataclass
 class Embed:
@@ -136,9 +140,10 @@ class Embed:
 
         import torch
 
+        from kklip_nb.scale.distributed import _places
         from kklip_nb.scale.embeddings import embed_shards
         from kklip_nb.teacher import embed_captions, load_teacher
-        rank, size, local = _rank()
+        rank, size, local = _places()
         urls, folder = _urls(self.data, self.shards), self.data / "embeddings"
         device = self.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
         teacher = load_teacher(recipe.teacher, device, getattr(torch, self.dtype))
@@ -175,23 +180,33 @@ class Cluster:
         print(f"{recipe.k} concepts of {sum(s.shape[0] for s in sidecars)} captions; in {folder}")
 
 # %% ../../nbs/scale/09_command_line.ipynb #73651c2d
+def _folder_source(folder: str) -> str:
+    "What a teacher in a folder is recorded as: it has no name of its own."
+    from types import SimpleNamespace
+
+    from kklip_nb.teacher_files import _revision
+    return _revision(SimpleNamespace(config=None), folder)
+
+
 def check_agrees(
     recipe: Any,  # a Recipe
     data: Any,  # ShardData, from open_data
 ) -> None:
     "A ValueError unless embeddings and concepts were made with the recipe's settings."
     from kklip_nb.tools import check_found
-    found = data.concepts.meta | dict(teacher=data.concepts.meta["teacher"].split(" ")[0])
     names = ("pooling", "layer", "prompt", "k", "normalise", "teacher")
-    wanted = {k: str(getattr(recipe, k)) for k in names}
-    if Path(recipe.teacher).exists(): del wanted["teacher"]  # a folder has no name of its own
-    check_found("the data folder", found, wanted, "give the same recipe to all stages")
+    wanted, meta = {k: str(getattr(recipe, k)) for k in names}, data.concepts.meta
+    name, digest, *_ = meta["teacher"].split(" ")
+    if name == "folder" and recipe.teacher != "smollm2" and Path(recipe.teacher).is_dir():
+        name, wanted["teacher"] = f"folder {digest}", _folder_source(recipe.teacher)
+    advice = "give the same recipe to all stages"
+    check_found("the data folder", meta | dict(teacher=name), wanted, advice)
 
 # %% ../../nbs/scale/09_command_line.ipynb #3a00a06f
 def _train(train: "Train", recipe: Any, settings: Any) -> None:
     "Train in this process, and export in the first."
     from kklip_nb.scale.distributed import start_world
-    from kklip_nb.scale.export import describe_run, export_run, write_json
+    from kklip_nb.scale.export import describe_run, export_run, is_described, write_json
     from kklip_nb.scale.loader import open_data
     from kklip_nb.scale.long_run import list_checkpoints, train_shards
     from kklip_nb.scale.shards import run_lock
@@ -200,8 +215,8 @@ def _train(train: "Train", recipe: Any, settings: Any) -> None:
     with start_world() as world:
         urls = _urls(folder, train.shards)
         data = open_data(urls, folder / "embeddings", folder / "concepts")
-        check_agrees(recipe, data)
-        if world.rank == 0 and not list_checkpoints(run):
+        if world.rank == 0: check_agrees(recipe, data)
+        if world.rank == 0 and not (list_checkpoints(run) and is_described(run)):
             with run_lock(run / ".train.lock"):
                 write_json(run / "run.json", describe_run(recipe, data, **how))
         train_shards(recipe, data, run, world, held_out, progress=True, **how)
@@ -267,7 +282,7 @@ class Evaluate:
 
         from kklip_nb.scale.export import evaluate_run
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        urls, name = _urls(self.data, self.shards), self.shards or self.data.name
+        urls, name = _urls(self.data, self.shards), self.shards or self.data.resolve().name
         for metric, value in evaluate_run(self.run, urls, name, self.limit, device).items():
             text = f"{value:8.1f}" if "rank" in metric else f"{100 * value:7.1f} %"
             print(f"{metric:18} {text}")
@@ -307,27 +322,42 @@ COMMANDS = dict(shards=Shards, embed=Embed, cluster=Cluster,
                 train=Train, export=Export, evaluate=Evaluate)
 
 # %% ../../nbs/scale/09_command_line.ipynb #9e100002
+def _none(argv: Sequence[str], *kinds: type) -> list[str]:
+    "The arguments with none as None, which tyro knows, where an option may be None."
+    hints = {name: kind for k in kinds for name, kind in typing.get_type_hints(k).items()}
+    may = {f"--{name}" for name, kind in hints.items() if type(None) in typing.get_args(kind)}
+    def known(option: str) -> bool: return option.replace("-", "_").replace("__", "--", 1) in may
+    args = []
+    for before, arg in zip(["", *argv], argv):
+        option, equals, value = arg.rpartition("=")
+        if equals and value == "none" and known(option): arg = f"{option}=None"
+        args.append("None" if arg == "none" and known(before) else arg)
+    return args
+
+
 def parse(
     name: str,  # of the command
     argv: Sequence[str],  # its arguments
 ) -> tuple[Any, ...]:  # the command and its arguments: a recipe; for training settings, too
     "Read a command's arguments, or show its help; raises ValueError for an impossible recipe."
-    command, how = COMMANDS[name], dict(args=list(argv), prog=f"kklip {name}")
-    if not hasattr(command, "recipe"): return (tyro.cli(command, **how),)
+    command, how = COMMANDS[name], dict(prog=f"kklip {name}")
+    if not hasattr(command, "recipe"): return (tyro.cli(command, args=_none(argv, command), **how),)
     recipe = recipe_named(argv)
     rows = [("command", command), ("recipe", settings_class(recipe))]
     if command is Train:
+        from kklip_nb.scale.distributed import _places
         from kklip_nb.scale.long_run import Settings
-        rows.append(("training", Settings, Settings(streams=int(os.environ.get("WORLD_SIZE", 1)))))
+        rows.append(("training", Settings, Settings(streams=_places()[1])))
     together = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("All", rows)]
-    given = vars(tyro.cli(together, description="", **how))
-    fields = vars(given.pop("recipe"))
-    for name, kind in typing.get_type_hints(type(recipe)).items():
-        if fields.get(name) == "none" and type(None) in typing.get_args(kind): fields[name] = None
-    return given.pop("command"), dataclasses.replace(recipe, **fields), *given.values()
+    args = _none(argv, *(row[1] for row in rows))
+    given = vars(tyro.cli(together, description="", args=args, **how))
+    recipe = dataclasses.replace(recipe, **vars(given.pop("recipe")))
+    return given.pop("command"), recipe, *given.values()
 
 # %% ../../nbs/scale/09_command_line.ipynb #7236c74b
-_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_CLOSED = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS), "")
+_CLOSED |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "; expected a folder there")
+_CLOSED |= {errno.EISDIR: "; expected a file there", errno.ENAMETOOLONG: ""}
 _IN_WORKER = re.compile(r'.*Original Traceback.*File "[^"]*kklip_nb[^\n]*\n[^\n]*\braise [^\n]*\n'
                         r'(?:    [^\n]*\n)*[\w.]+: (.*)', re.S)
 
@@ -338,7 +368,8 @@ def message(
     "What to tell the user, where this package raised on purpose, or a disk is full or closed."
     if "No space left" in str(error):
         return f"{error}; the disk is full: free some space, run the same command again"
-    if getattr(error, "errno", None) in _CLOSED: return str(error)
+    number = getattr(error, "errno", None)
+    if number in _CLOSED: return f"{error}{_CLOSED[number]}"
     if match := _IN_WORKER.fullmatch(str(error)): return match[1].strip()
     last = error.__traceback__
     while last.tb_next: last = last.tb_next

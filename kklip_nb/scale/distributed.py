@@ -34,6 +34,18 @@ class World(NamedTuple):
     device: torch.device
 
 
+def _places() -> tuple[int, int, int]:
+    "This process's rank, the number of processes, and its rank on this machine, as torchrun says."
+    found = {}
+    for name, usual in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0").items():
+        text = os.environ.get(name, usual)
+        if not text.isdecimal(): raise ValueError(f"{name}={text!r}; expected a whole number")
+        found[name] = int(text)
+    rank, size, local = found.values()
+    if rank >= size: raise ValueError(f"RANK={rank} of WORLD_SIZE={size}; expected less")
+    return rank, size, local
+
+
 def _device(local_rank: int) -> torch.device:
     "This process's GPU, with TF32 in its matrix products; else the CPU."
     if not torch.cuda.is_available(): return torch.device("cpu")
@@ -48,8 +60,8 @@ def _device(local_rank: int) -> torch.device:
 @contextmanager
 def start_world() -> Iterator[World]:
     "Join the processes that torchrun started, if any. An error says in which process it arose."
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world_size, local_rank = _places()
+    device = _device(local_rank)
     if world_size > 1:  # the others wait while the first evaluates on held-out shards
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -127,6 +139,7 @@ def learns_norms(
 # %% ../../nbs/scale/05_distributed.ipynb #d2bba057
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
     "A context for the forward pass."
+    precision = choose_precision(precision, device)
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
@@ -151,6 +164,9 @@ def backward_global(
 ) -> dict[str, torch.Tensor]:  # three losses and total, means over this process's micro-batches
     "Gradients over the global batch: all micro-batches of all processes are negatives."
     student, m = getattr(model, "module", model).student, len(micro_batches)
+    if not m or len({len(b.captions) for b in micro_batches}) > 1:
+        sizes = [len(b.captions) for b in micro_batches]
+        raise ValueError(f"micro-batches of {sizes} pairs; expected at least one, all of one size")
     whole = [()]  # in one piece there is nothing to keep
     kept = [_features(student, b, world, precision) for b in micro_batches] if m > 1 else whole
     shared = dataclasses.replace(recipe, alpha=recipe.alpha / m, beta=recipe.beta / m)

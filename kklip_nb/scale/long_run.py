@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'MAX_SKIPPED', 'WHAT', 'SCORES', 'trim_log', 'Log', 'list_checkpoints', 'newest_checkpoint',
-           'keep_checkpoint', 'resume', 'check_held_out', 'evaluate_shards', 'Settings', 'run_steps', 'check_run',
-           'write_run', 'train_shards']
+           'keep_checkpoint', 'resume', 'check_held_out', 'check_limits', 'evaluate_shards', 'Settings', 'run_steps',
+           'check_run', 'write_run', 'train_shards']
 
 # %% ../../nbs/scale/06_long_run.ipynb #56dc00ff
 import csv
@@ -35,7 +35,6 @@ from .loader import (
     Part, ShardData, check_batch, epoch_steps, picture_transform, read_steps, share_seen, to_batch)
 from .shards import open_picture, read_shard, run_lock, usable_samples
 from ..student import Student, cut_padding, prepare_images, tokenize
-from ..teacher import captions_hash
 from ..tools import check_found, write_atomically
 from ..training import (
     Recipe, learning_rate, load_checkpoint, make_optimizer, save_checkpoint)
@@ -51,14 +50,15 @@ def trim_log(
     steps: int,  # keep the lines of steps below this
     fields: Sequence[str] = FIELDS,  # its columns
 ) -> None:
-    "Cut a log back to the checkpoint; a line that a kill has cut short goes as well."
-    lines = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    "Cut a log back to the checkpoint; what a kill has cut short goes as well. Else a ValueError."
+    text = path.read_text("utf-8", "replace").replace("\0", "") if path.exists() else ""
+    head, *lines = csv.reader(text.splitlines() or [",".join(fields)])
+    if head != [*fields]:
+        raise ValueError(f"{path} has the columns {head}; expected {[*fields]}; move it away")
+    whole = (x for x in lines if len(x) == len(fields) and x[0].isdecimal())
     def write(part):
-        with open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            whole = (line for line in lines if None not in line.values())
-            writer.writerows(line for line in whole if int(line["step"]) < steps)
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([fields, *(x for x in whole if int(x[0]) < steps)])
     write_atomically(path, write)
 
 # %% ../../nbs/scale/06_long_run.ipynb #c44bb32e
@@ -94,7 +94,8 @@ def list_checkpoints(
     folder: str | Path,  # of a run
 ) -> list[Path]:  # oldest first
     "All checkpoints of a run, by the number of steps behind them."
-    return sorted(Path(folder).glob("checkpoint-*.safetensors"))
+    found = Path(folder).glob("checkpoint-*.safetensors")
+    return sorted(p for p in found if p.stem.removeprefix("checkpoint-").isdecimal())
 
 
 def newest_checkpoint(
@@ -147,8 +148,10 @@ def resume(
     path = newest_checkpoint(folder)
     _agreed(path and path.name, world)
     if path is None: return dict(step=-1, skipped=0)
-    _, (last,) = load_checkpoint(path, student, optimizer, recipe)
+    with safe_open(path, framework="pt") as file: header = file.metadata() or {}
+    last = [{}, *json.loads(header.get("history", "[]"))][-1]
     check_found(path, last, meta, "it belongs to another run: use another folder")
+    load_checkpoint(path, student, optimizer, recipe)
     scaler.load_state_dict(last["scaler"])
     return last
 
@@ -159,17 +162,27 @@ def check_held_out(
 ) -> None:
     "A ValueError where a shard, or half its pairs by key and caption, is in the training shards."
     def place(url: str) -> str: return url if "://" in url else str(Path(url).resolve())
-    places, hashes = set(map(place, data.urls)), {s.meta["captions"] for s in data.sidecars}
-    pairs = {pair for s in data.sidecars for pair in zip(s.keys, json.loads(s.meta["crc32"]))}
+    places, wholes = set(map(place, data.urls)), {tuple(crcs) for crcs in data.captions}
+    pairs = {pair for s, crc in zip(data.sidecars, data.captions) for pair in zip(s.keys, crc)}
     for url in urls:
         samples, _ = usable_samples(read_shard(url), whole=False)
-        known = sum((s.key, zlib.crc32(s.caption.encode())) in pairs for s in samples)
-        seen = place(url) in places or captions_hash([s.caption for s in samples]) in hashes
+        crcs = [zlib.crc32(fold_caption(s.caption).encode()) for s in samples]
+        known = sum((s.key, crc) in pairs for s, crc in zip(samples, crcs))
+        seen = place(url) in places or tuple(crcs) in wholes
         if seen or 2 * known > len(samples):
             raise ValueError(f"{url} is among the training shards "
                              f"({known} of {len(samples)} pairs); give others")
 
 # %% ../../nbs/scale/06_long_run.ipynb #f0185777
+def check_limits(
+    limit: int,  # pairs at most
+    batch_size: int,
+) -> None:
+    "The door of both evaluations: a ValueError for numbers that leave nothing to rank."
+    if limit < 2: raise ValueError(f"limit={limit}; expected at least 2 pairs")
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size}; expected at least 1")
+
+
 @torch.no_grad()
 def evaluate_shards(
     student: Student,  # left in training mode
@@ -178,6 +191,7 @@ def evaluate_shards(
     batch_size: int = 64,
 ) -> dict[str, float]:  # pairs; recall and median rank, both ways
     "Retrieval with the model's own preprocessing; equal captions are right answers for each other."
+    check_limits(limit, batch_size)
     device, transform = student.clip.logit_scale.device, picture_transform(student, augment=False)
     usable = (s for url in urls for s in usable_samples(read_shard(url))[0])
     samples = list(itertools.islice(usable, limit))
@@ -215,9 +229,11 @@ class Settings:
     tensorboard: bool = False  # log there as well
 
     def __post_init__(self):
-        for name in ("streams", "save_every", "keep", "eval_every"):
+        numbers = dict(streams=1, save_every=1, keep=1, eval_every=1, workers=0)
+        for name, least in numbers.items():
             value = getattr(self, name)
-            if value < 1: raise ValueError(f"{name}={value}; expected at least 1")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value}; expected at least {least}, a whole number")
         if not (self.max_norm is None or self.max_norm > 0):
             raise ValueError(f"max_norm={self.max_norm}; expected more than 0")
 

@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..data import openmoji_table, render_svg
+from ..data import fold_caption, openmoji_table, render_svg
 from ..own_pairs import decode_image
 from .clustering import cluster_shards
 from .distributed import World
@@ -28,7 +29,7 @@ from .export import evaluate_export, export_model
 from .loader import open_data
 from .long_run import train_shards
 from .shards import (
-    list_shards, open_picture, read_shard, usable_samples, write_shards)
+    Sample, list_shards, open_picture, read_shard, usable_samples, write_shards)
 from ..student import Student, _create_clip, _model_config, check_activation
 from ..teacher import Teacher, embed_captions, packaged_teacher
 from ..teacher_files import _unpacked_teacher
@@ -64,6 +65,8 @@ def count_memory(
     precision: str = "fp32",  # 'fp32', 'bf16' or 'fp16'
 ) -> dict[str, float]:  # parameters; bytes: state (weights, gradients, AdamW), kept_per_pair
     "The student's exact shapes, nothing allocated; raises ValueError for an unknown student."
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}; expected one of {[*PRECISIONS]}")
     config = _model_config(recipe.student)
     with torch.device("meta"):
         clip = _create_clip(recipe.student, None, device="meta")
@@ -92,12 +95,13 @@ def count_teacher(
     from transformers import AutoConfig, AutoModel, LlamaConfig
     try:
         folder = _unpacked_teacher()[0] if name == "smollm2" else name
-        known = "llama-2-7b" in name.lower()
+        known = "llama-2-7b" in name.lower() and not Path(name).exists()
         if known: config = LlamaConfig()
         else: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError): return None
-    with torch.device("meta"): model = AutoModel.from_config(config, trust_remote_code=False)
-    return sum(p.numel() for p in model.parameters()), config.hidden_size
+        with torch.device("meta"): model = AutoModel.from_config(config, trust_remote_code=False)
+        width = config.get_text_config().hidden_size
+    except (OSError, ValueError, AttributeError, KeyError): return None
+    return sum(p.numel() for p in model.parameters()), width
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #42029cb7
 PATIENCE = 10  # seconds for the hub to answer
@@ -108,12 +112,15 @@ def check_access(
 ) -> tuple[str, str]:  # 'ok', 'unknown' or 'fail'; what to say
     "May we download the teacher? Asks the hub, unless it is at hand."
     import huggingface_hub as hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     if name == "smollm2":
         try: return "ok", f"packaged: {packaged_teacher().name}"
         except FileNotFoundError as error: return "fail", str(error)
-    if Path(name).exists(): return "ok", "a local folder"
-    cached = hub.try_to_load_from_cache(name, "config.json")
+    if Path(name).exists():
+        if (Path(name) / "config.json").is_file(): return "ok", "a local folder"
+        return "fail", f"{name} is here, but holds no model: no config.json"
+    try: cached = hub.try_to_load_from_cache(name, "config.json")
+    except HFValidationError: return "fail", f"no folder {name}, and no name for the hub"
     if isinstance(cached, str): return "ok", "in the local cache"
     if hub.constants.HF_HUB_OFFLINE: return "unknown", "offline: the hub was not asked"
     try: hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=PATIENCE)
@@ -130,10 +137,14 @@ Finding = tuple[str, str, str]  # what was checked; 'ok', 'unknown' or 'fail'; w
 
 def _weights(recipe: Recipe) -> Finding:
     "Do the pretrained weights fit the student's activation?"
+    name, tag = recipe.student, recipe.pretrained
     try:
-        if recipe.pretrained: check_activation(recipe.student, recipe.pretrained)
+        if tag: check_activation(name, tag)
     except ValueError as error: return "weights", "fail", str(error)
-    return "weights", "ok", f"{recipe.pretrained or 'none'}; fetched when training starts"
+    if tag and not (open_clip.get_pretrained_cfg(name, tag) or Path(tag).is_file()):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        return "weights", "fail", f"{tag!r} is no file, and none of the weights of {name}: {tags}"
+    return "weights", "ok", f"{tag or 'none'}; fetched when training starts"
 
 
 def _student(recipe: Recipe, m: dict[str, float], precision: str) -> Finding:
@@ -149,8 +160,10 @@ def _student(recipe: Recipe, m: dict[str, float], precision: str) -> Finding:
 def _teacher(name: str) -> tuple[Finding, int]:
     "The teacher's size, where its configuration is at hand; the width of its embeddings."
     counted = count_teacher(name)
-    unknown = f"its size is not known here; a width of {WIDTH} is assumed"
-    if counted is None: return ("teacher", "unknown", unknown), WIDTH
+    if counted is None:
+        here, text = Path(name).exists(), f"a width of {WIDTH} is assumed"
+        if here: return ("teacher", "fail", f"no model that transformers knows; {text}"), WIDTH
+        return ("teacher", "unknown", f"its size is not known here; {text}"), WIDTH
     parameters, width = counted
     size = f"{parameters / 1e9:.2f} billion parameters, {parameters / 5e8:.1f} GB in bf16"
     return ("teacher", "ok", f"{size}, width {width}"), width
@@ -189,7 +202,8 @@ def random_teacher(
     options = dict(pad_token="<pad>", padding_side="right")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, **options)
     even = (h for h in (32, 16, 9, 8, 4, 2, 1) if width % (2 * h) == 0)  # even width of a head
-    heads = next(even)
+    heads = next(even, None)
+    if heads is None: raise ValueError(f"width={width}; expected an even number")
     config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=1,
                          num_attention_heads=heads, vocab_size=tokenizer.vocab_size)
     with torch.random.fork_rng(devices=[]):
@@ -212,8 +226,10 @@ def rehearse_stages(
     embed = partial(embed_captions, teacher, **how)
     embed_shards(urls, folder / "embeddings", embed, teacher=teacher.source, **how)
     del teacher
+    size = min(8, len({fold_caption(caption) for _, caption in pairs}))  # different captions
+    if size < 2: raise ValueError("give at least 2 pairs of different captions")
     k = min(recipe.k, len(pairs) // 2)
-    small = dataclasses.replace(recipe, pretrained=None, imagenet=False, k=k, batch_size=8,
+    small = dataclasses.replace(recipe, pretrained=None, imagenet=False, k=k, batch_size=size,
                                 epochs=1, warmup=1, layer=-1)
     sidecars = open_sidecars(folder / "embeddings", urls)
     cluster_shards(sidecars, folder / "concepts", small.k, small.seed, small.normalise)
@@ -223,28 +239,40 @@ def rehearse_stages(
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #4764a72e
 def _some_pairs(shards: str | Path, count: int = 16) -> list[tuple[Any, str]]:
-    "The first pairs of the first shard; a few drawings where the folder holds none."
-    if "://" not in str(shards) and not list(Path(shards).glob("*.tar")):
-        return [(render_svg(row["path"], 64), row["caption"]) for row in openmoji_table()[:count]]
-    good, _ = usable_samples(read_shard(list_shards(shards)[0]))
-    return [(decode_image(open_picture(s.image)), s.caption) for s in good[:count]]
+    "The first pairs of other captions, of the first shard if it has enough; or a ValueError."
+    first: dict[str, Sample] = {}
+    for url in list_shards(shards):
+        good, bad = usable_samples(read_shard(url))
+        if not good: raise ValueError(f"{url} has no usable pair: {str(bad):.200}")
+        for s in good: first.setdefault(fold_caption(s.caption), s)
+        if len(first) >= count: break
+    some = [*first.values()][:count]
+    return [(decode_image(open_picture(s.image)), s.caption) for s in some]
+
+
+def _drawings(count: int = 16) -> list[tuple[Any, str]]:
+    "Pairs where there are no shards yet."
+    return [(render_svg(row["path"], 64), row["caption"]) for row in openmoji_table()[:count]]
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #583d2bf7
 def rehearse(
     recipe: Recipe,
-    data: Path,  # the data folder
+    data: str | Path,  # the data folder
     shards: str | Path | None = None,  # where the shards are; None: in data/shards, if anywhere
     pairs: int = 500_000,  # for the disk that a whole run needs
     precision: str = "bf16",  # as in count_memory
     keep: int = 3,  # as in check_settings
 ) -> list[Finding]:
     "Everything about a run that can be known without a GPU. Writes only into a temporary folder."
+    data, own = Path(data), shards or any((Path(data) / "shards").glob("*.tar"))
     free = shutil.disk_usage(next(p for p in (data, *data.absolute().parents) if p.exists())).free
     found = check_settings(recipe, free, pairs, precision, keep)
     if ("student", "fail") in [finding[:2] for finding in found]: return found
     width = (count_teacher(recipe.teacher) or (None, WIDTH))[1]
     with tempfile.TemporaryDirectory() as folder:
-        try: rehearse_stages(recipe, _some_pairs(shards or data / "shards"), width, folder)
+        try:
+            some = _some_pairs(shards or data / "shards") if own else _drawings()
+            rehearse_stages(recipe, some, width, folder)
         except Exception as error:
             return [*found, ("all stages", "fail", f"{type(error).__name__}: {error}")]
     text = (f"a shard went through embed, cluster, two steps of {recipe.student} and open_clip; "
