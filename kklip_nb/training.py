@@ -479,7 +479,8 @@ def _load_weights(path: str | Path, student: Student, tensors: dict[str, torch.T
     weights = {k.removeprefix("student."): v for k, v in tensors.items() if k[:8] == "student."}
     try: student.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds another student ({error}); load_student builds it") from error
+        advice = "load_student builds it"
+        raise ValueError(f"{path} holds another student ({error}); {advice}") from error
 
 # %% ../nbs/06_training.ipynb #d0070002
 #| echo: false
