@@ -73,8 +73,7 @@ class Recipe(_Checked):
     lr: float = _setting(1e-3, "small towers can take larger steps", "5e-5", above=0)
     weight_decay: float = _setting(0.1, "usual; not on biases, norms and logit_scale", at_least=0)
     warmup: int = _setting(20, "steps; AdamW knows little about the gradients at first", at_least=0)
-    seed: int = _setting(0, "of weights, concepts, order of pairs, draw of words", at_least=0,
-                         at_most=2**32 - 1)
+    seed: int = _setting(0, "of weights, concepts, batches, words", at_least=0, at_most=2**32 - 1)
 
 # %% ../nbs/05_recipe.ipynb #311f0e36
 LAPTOP = Recipe()

@@ -348,7 +348,8 @@ def run_key(
     for array in read: digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
 
-
+# %% ../nbs/06_training.ipynb #d0070003
+#| echo: false
 def checkpoint_path(
     folder: str | Path,  # where checkpoints are kept
     recipe: Recipe,
@@ -379,7 +380,8 @@ def _read_first_stage(path: Path, wanted: dict, steps: int, read: str) -> tuple 
     fits = all(kept[k].shape == v.shape for k, v in wanted.items()) and len(history) == steps
     return (kept, history) if fits and metadata.get("read", read) == read else None
 
-
+# %% ../nbs/06_training.ipynb #d0070004
+#| echo: false
 def cached_first_stage(
     student: Student,
     texts: Texts,
@@ -479,7 +481,8 @@ def _load_weights(path: str | Path, student: Student, tensors: dict[str, torch.T
     weights = {k.removeprefix("student."): v for k, v in tensors.items() if k[:8] == "student."}
     try: student.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds another student ({error}); load_student builds it") from error
+        advice = "load_student builds it"
+        raise ValueError(f"{path} holds another student ({error}); {advice}") from error
 
 # %% ../nbs/06_training.ipynb #d0070002
 #| echo: false

@@ -546,6 +546,16 @@ def test_recordings_of_another_teacher_or_too_few_are_refused_by_name(recordings
     with pytest.raises(ValueError, match=f"{next(iter(changed))}.*{next(iter(changed.values()))}"): training.recorded_material(recordings[0], dataclasses.replace(recordings[1], **changed))
 
 
+@pytest.mark.parametrize("name, texts", [("pairs-last-29-prompt", ["dog", "pizza", "rocket", "octopus", "fire engine", "red apple on a plate"]), ("words-last-29-prompt", ["to", "walk", "green", "house", "idea"])])
+@pytest.mark.parametrize("other", [dict(pooling="mean"), dict(layer=28), dict(prompt="{}"), dict(captions="others")], ids=lambda d: next(iter(d)))
+def test_either_recording_must_be_of_the_recipe_s_vectors_and_of_these_texts(recordings, name, texts, other):
+    folder, recipe, _, vectors, _, _ = recordings
+    how, texts = dict(pooling=recipe.pooling, layer=recipe.layer, prompt=recipe.prompt) | other, texts[::-1] if "captions" in other else texts
+    how.pop("captions", None)
+    save_embeddings(folder / f"{name}.safetensors", vectors[:len(texts)], texts, **how)
+    with pytest.raises(ValueError, match=f"{name}.*{next(iter(other))}"): training.recorded_material(folder, recipe)
+
+
 @pytest.mark.parametrize("name", ["pairs-last-29-prompt", "words-last-29-prompt", "word-table"])
 @pytest.mark.parametrize("damage", ["missing", "folder", "empty", "truncated", "foreign"])
 def test_a_recording_that_is_no_good_is_named(recordings, name, damage):
