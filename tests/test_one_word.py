@@ -37,7 +37,7 @@ def cosine(a, b):
     "a, b, one",
     [("a dog", "a cat", True), ("a dog", "a dog", False), ("a dog", "an owl", False), ("a dog left of a cat", "a dog above a cat", False),
      ("two dogs", "three dogs", True), ("a", "a b", False), ("a caf\u00e9", "a cafe\u0301", False), ("A dog", "a\u00a0dog ", False),
-     ("a\u0301 b", "\u00e1 c", True), ("a b c", "a x y", False), ("b a", "a b", False)],
+     ("a\u0301 b", "\u00e1 c", True), ("a b c", "a x y", False), ("b a", "a b", False), ("a b", "c b d", False)],
 )  # fmt: skip
 def test_one_word_apart(a, b, one):
     assert one_word_apart(a, b) == one_word_apart(b, a) == one
@@ -89,6 +89,12 @@ def test_neither_caption_of_a_pair_may_have_been_seen(scenes):
             assert not seen & {scene_caption(s) for p in one_word_pairs(some, 3, seed=0, seen=form) for s in (p.first, p.second)}
     one = min(started)
     assert one not in {scene_caption(s) for p in one_word_pairs(some, 3, seed=0, seen=one) for s in (p.first, p.second)}
+
+
+def test_pairs_start_anywhere_in_the_list(scenes):
+    place = {scene_caption(s): i for i, s in enumerate(scenes)}
+    told = [place[c] for p in one_word_pairs(scenes, 4, seed=0) for c in map(scene_caption, (p.first, p.second)) if c in place]
+    assert 500 < np.median(told) < 1000
 
 
 def test_scenes_may_come_one_by_one_and_the_seed_from_numpy(scenes):

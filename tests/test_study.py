@@ -16,7 +16,7 @@ from scipy import stats
 from kklip_nb.evidence import runner
 from kklip_nb.evidence import study as ablation
 from kklip_nb.evidence.choices import CHOICES, SCORES, choices_table
-from kklip_nb.evidence.study import (COLUMNS, CONTROLS, CORE, ENCODERS, LADDER, PAIRS_ALONE, PLAIN, ROWS, SCENES, SEEDS, STEPS, Difference, Row, compare_rows,
+from kklip_nb.evidence.study import (COLUMNS, CONTROLS, CORE, DATASETS, ENCODERS, LADDER, PAIRS_ALONE, PLAIN, ROWS, SCENES, SEEDS, STEPS, Difference, Row, compare_rows,
                                      gap_closed, holm, ladder_table, level, load_study, markdown_table, markdown_text, other_words_lines, paired_difference,
                                      plot_differences, points, read_rows, row_recipe, seed_values, settings_hash, star_table, starred, study_table, write_rows)
 from kklip_nb.recipe import CLIP, LAPTOP
@@ -364,6 +364,13 @@ def test_a_name_is_shown_as_it_is_written():
     runs = [dict(row=n, dataset="openmoji", seed=str(s), knn_text=str(v + d * s), **{m: "0.5" for m in STEPS if m != "knn_text"}) for n, v, d in (("CLIP", 0.1, 0.02), ("*new* $|$", 0.3, 0.01)) for s in SEEDS]
     assert study_table(runs, ["*new* $|$"]).splitlines()[0] == r"| | CLIP | \*new\* \$\|\$ |"
     assert ladder_table(runs, ["CLIP", "*new* $|$"]).splitlines()[3].startswith(r"| \*new\* \$\|\$ | 50.0 ± 0.0 |")
+
+
+def test_a_table_is_of_its_data_set_and_begins_with_the_mean_of_its_base(lines):
+    for dataset in DATASETS:
+        rows = [line.strip("| ").split(" | ") for line in study_table(lines, ["KKLIP"], "+ first stage", dataset).splitlines()[2:]]
+        assert [r[:2] for r in rows] == [[title, f"{100 * np.mean([float(r[m]) for r in lines if (r['dataset'], r['row']) == (dataset, '+ first stage')]):.1f}"]
+                                         for (d, m), title in COLUMNS.items() if d == dataset]
 
 
 def test_a_table_has_as_many_cells_in_each_row():
