@@ -172,7 +172,7 @@ def test_the_start_is_that_of_a_naive_loop(tmp_path, k, seed):
     assert ours.dtype == np.float32
 
 
-@pytest.mark.parametrize("k, seed, how, passes, rows", [(5, 0, "unit", 1, 4096), (5, 0, "unit", 2, 20), (5, 3, "unit", 3, 1), (4, 0, "raw", 1, 7), (4, 1, "raw", 4, 4096)])
+@pytest.mark.parametrize("k, seed, how, passes, rows", [(5, 0, "unit", 1, 4096), (5, 0, "unit", 2, 20), (5, 3, "unit", 3, 1), (4, 0, "raw", 1, 7), (4, 1, "raw", 4, 4096), (40, 0, "unit", 1, 50)])
 def test_the_whole_stage_is_a_naive_loop(tmp_path, k, seed, how, passes, rows):
     "Scale, start, passes and inertia; and the file says how it was made."
     sidecars, points = sidecars_of(tmp_path, cloud(), 47), scaled_by_hand(cloud(), how)
@@ -187,6 +187,13 @@ def test_the_whole_stage_is_a_naive_loop(tmp_path, k, seed, how, passes, rows):
     said = dict(k=k, seed=seed, normalise=how, passes=passes, rows=rows, width=4) | HOW
     assert found.meta == {name: str(value) for name, value in said.items()} | dict(sidecars=found.meta["sidecars"])
     assert found.scale.how == how and found.labels.shape == (0,)
+
+
+def test_no_more_rows_are_read_at_once_than_told(built, tmp_path, monkeypatch):
+    real, asked = slices_of, []
+    monkeypatch.setattr(clustering, "slices_of", lambda sidecar, rows: asked.append(rows) or real(sidecar, rows))
+    cluster_shards(open_sidecars(built / "side", list_shards(built / "shards")), tmp_path, K, passes=2, rows=5)
+    assert asked == [5] * 3 + [4096] * 3 + [5] * 6  # the scale, the sample, two passes
 
 
 @pytest.mark.parametrize("option", [dict(k=4), dict(seed=1), dict(normalise="raw"), dict(passes=3)])

@@ -1,6 +1,7 @@
 """Sidecars of embeddings: what is in them, who makes which, and what damaged or hostile input does."""
 
 import errno
+import hashlib
 import inspect
 import json
 import re
@@ -18,6 +19,7 @@ from shard_files import (D, HOW, Files, edit, embed, is_skipped, members, pairs,
                          spoil, tar_bytes)
 
 from kklip_nb import tools
+from kklip_nb.scale import embeddings
 from kklip_nb.scale.embeddings import embed_shard, embed_shards, open_sidecar, open_sidecars, read_rows, slices_of
 from kklip_nb.scale.shards import list_shards, open_picture, read_shard, run_lock, shard_name, write_shards
 
@@ -28,6 +30,7 @@ def test_sidecars_hold_the_teachers_rows_in_shard_order(built):
         np.testing.assert_array_equal(read_rows(sidecar), embed(captions).astype(np.float16).astype(np.float32))
         assert sidecar.keys == [s["__key__"] for s in read_shard(url)] and sidecar.shard == shard_name(url)
         assert json.loads(sidecar.meta["crc32"]) == [zlib.crc32(c.encode()) for c in captions] and json.loads(sidecar.meta["skipped"]) == {}
+        assert sidecar.meta["captions"] == hashlib.sha256(json.dumps(captions, ensure_ascii=False).encode()).hexdigest()
         assert HOW.items() <= {**sidecar.meta, "layer": int(sidecar.meta["layer"])}.items()
         np.testing.assert_array_equal(read_rows(sidecar, 2, 5), read_rows(sidecar)[2:5])
 
@@ -425,6 +428,16 @@ def test_damage_two_runs_in_one_folder(files, tmp_path):
         with pytest.raises(RuntimeError, match="another run is writing here.*embed-0-of-2"): embed_shards(files.urls, tmp_path / "s", embed, 0, 2, **HOW)
         assert embed_shards(files.urls, tmp_path / "s", embed, 1, 2, **HOW)["shards"] == 1
     assert embed_shards(files.urls, tmp_path / "s", embed, 0, 2, **HOW)["shards"] == 2
+
+
+def test_damage_two_runs_that_share_the_shards_otherwise(files, tmp_path, monkeypatch):
+    "Four workers and one would both make a shard."
+    waits = []
+    monkeypatch.setattr(embeddings, "run_lock", lambda path, wait=0: waits.append(wait) or run_lock(path))
+    with run_lock(tmp_path / "s" / ".embed-3-of-4.lock"):
+        with pytest.raises(RuntimeError, match="another run is writing here.*embed-3-of-4"): embed_shards(files.urls, tmp_path / "s", embed, **HOW)
+        assert embed_shards(files.urls, tmp_path / "s", embed, 0, 4, **HOW)["shards"] == 1
+    assert embed_shards(files.urls, tmp_path / "s", embed, **HOW)["shards"] == 2 and max(waits) == 10  # it may be about to end
 
 
 def test_damage_lock_of_a_killed_run_is_free(files, tmp_path):

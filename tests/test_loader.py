@@ -95,6 +95,15 @@ def test_the_deal_is_that_of_a_naive_loop(captions, streams, size, seed):
     assert deal_epoch([np.array(c) for c in captions], streams, size, seed, 1).tolist() == [[[list(p) for p in part] for part in step] for step in naive_deal(captions, pairs, streams, size)]
 
 
+def test_pairs_that_wait_keep_their_order():
+    "Many copies of few captions: in each part several wait, and not all of them are dealt."
+    for seed in range(30):
+        captions = [np.random.default_rng(seed).integers(0, 7, 14).tolist() for _ in range(3)]
+        if len({i for c in captions for i in c}) < 6: continue
+        pairs = lay_out([14] * 3, seed, 0)
+        assert deal_epoch([np.array(c) for c in captions], 2, 3, seed, 0).tolist() == [[[list(p) for p in part] for part in step] for step in naive_deal(captions, pairs, 2, 3)]
+
+
 def test_copies_of_a_caption_take_turns():
     captions, seen = [np.array([0] * 8 + list(range(1, 9)))], Counter()
     for epoch in range(60): seen.update(set(deal_epoch(captions, 1, 4, 0, epoch)[..., 1].ravel().tolist()))

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import http.server
+import inspect
 import io
 import json
 import pickle
@@ -49,6 +50,15 @@ def test_shards_are_what_webdataset_and_tarfile_read(built):
 def test_shards_written_twice_are_the_same_bytes(built, tmp_path):
     again = write_shards(pairs(), tmp_path, PER, 12)
     assert [p.read_bytes() for p in again] == [Path(u).read_bytes() for u in list_shards(built / "shards")]
+
+
+def test_shards_are_written_without_time_and_after_a_killed_run(tmp_path):
+    (tmp_path / ".00000.tar.7.part").write_bytes(b"half")
+    [path] = write_shards(pairs(2), tmp_path, size=8)
+    with tarfile.open(path) as tar: assert {m.mtime for m in tar} == {0}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".shards.lock", "00000.tar"]
+    found = {name: p.default for name, p in inspect.signature(write_shards).parameters.items() if p.default is not p.empty}
+    assert found == dict(per_shard=1000, size=256, progress=False)
 
 
 def test_a_deleted_shard_is_written_again_and_no_other(files):
@@ -313,8 +323,12 @@ def test_damage_long_name_without_its_member(files):
     refused(files, header(info) + b"x" * 10 + b"\0" * 502 + b"\0" * 1024, "")
 
 
-@pytest.mark.parametrize("data, found", [(b"", "0 bytes"), (b"<!DOCTYPE html><html>" + b"x" * 900, "921 bytes that begin with b'<!DOCTYPE html>"), (picture("PNG") * 3, ".*PNG")])
-def test_damage_no_tar_says_what_it_is(files, data, found):
+def test_damage_empty_file(files):
+    refused(files, b"", "no plain tar file but 0 bytes")
+
+
+@pytest.mark.parametrize("data, found", [(b"<!DOCTYPE html><html>" + b"x" * 900, "921 bytes that begin with b'<!DOCTYPE html>"), (picture("PNG") * 3, ".*PNG")])
+def test_damage_no_tar_at_all(files, data, found):
     refused(files, data, f"no plain tar file but {found}")
 
 
