@@ -565,7 +565,7 @@ def saved(teacher, folder, **special):
     return str(folder)
 
 
-@pytest.mark.parametrize("special, pad", [(dict(), "<pad>"), (dict(pad_token=None, eos_token="moon"), "moon"), (dict(pad_token=None), "<unk>"),
+@pytest.mark.parametrize("special, pad", [(dict(), "<pad>"), (dict(eos_token="moon"), "<pad>"), (dict(pad_token=None, eos_token="moon"), "moon"), (dict(pad_token=None), "<unk>"),
                                           (dict(pad_token=None, unk_token=None), "<pad>"), (dict(pad_token="<beyond the vocabulary>"), "<unk>")])
 def test_any_token_of_the_vocabulary_will_do_as_padding(tiny, tmp_path, special, pad):
     teacher = T.load_teacher(saved(tiny, tmp_path, padding_side="left", **special))
@@ -640,7 +640,10 @@ def test_weights_of_a_pooler_may_be_missing(tiny, tmp_path):
 def test_the_source_is_another_where_any_file_that_is_read_is_another(tmp_path, file):
     model = SimpleNamespace(config=SimpleNamespace())
     for name in ("tokenizer.json", "config.json", "model.safetensors", "merges.txt", "vocab.txt", "pytorch_model.bin", "tokenizer.model", "README.md"): (tmp_path / name).write_text("same")
-    sources = [F._revision(model, tmp_path)]
+    sources, listed = [F._revision(model, tmp_path)], Path.iterdir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda self: reversed([*listed(self)]))
+        assert F._revision(model, tmp_path) == sources[0]  # in whatever order a disk lists its files
     (tmp_path / file).write_text("other")
     sources.append(F._revision(model, tmp_path))
     (tmp_path / file).rename(tmp_path / f"new_{file}")
@@ -684,6 +687,8 @@ def test_on_the_hub_the_commit_is_the_source_and_errors_end_in_what_to_do():
     other.__context__ = ring
     assert isinstance(F._explain("x", ring), FileNotFoundError)
     assert isinstance(F._explain("x", OSError("You are trying to access a gated repo.")), PermissionError)
+    class GatedRepoError(OSError): pass
+    assert isinstance(F._explain("x", GatedRepoError("403")), PermissionError)
 
 
 @pytest.fixture
@@ -704,6 +709,27 @@ def test_an_interrupted_conversion_leaves_nothing(gguf, tmp_path, error):
     gguf(error)
     with pytest.raises(type(error)): T.convert_gguf(Path("some/where.gguf"), tmp_path / "deep" / "teacher")
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_conversion_that_cannot_be_put_in_its_place_is_no_conversion(tiny, gguf, tmp_path, monkeypatch):
+    gguf(tiny.tokenizer)
+    replace = F.os.replace
+    def full(source, target):
+        if Path(target).name == "teacher": raise OSError("disk full")
+        return replace(source, target)
+    monkeypatch.setattr(F.os, "replace", full)
+    with pytest.raises(OSError, match="disk full"): T.convert_gguf("some/where.gguf", tmp_path / "teacher")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_converted_teacher_is_no_longer_quantised(tiny, gguf, tmp_path, monkeypatch):
+    import transformers
+    quantised = deepcopy(tiny.model)
+    quantised.config.quantization_config = dict(quant_method="gguf")
+    gguf(tiny.tokenizer)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda folder, gguf_file, **_: quantised)
+    T.convert_gguf("some/where.gguf", str(tmp_path / "teacher"))
+    assert "quantization_config" not in json.loads((tmp_path / "teacher/config.json").read_text())
 
 
 def test_a_conversion_is_whole_and_two_at_once_do_no_harm(tiny, gguf, tmp_path, monkeypatch):
