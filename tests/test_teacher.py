@@ -110,7 +110,7 @@ def test_a_text_that_is_the_beginning_of_all_others_keeps_a_token_of_its_own(tin
 
 
 @pytest.mark.parametrize("ids, want", [([[1]], 0), ([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2], [1, 3]], 1), ([[2, 1], [1, 2]], 0),
-                                       ([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3]], 2), ([[5], [5, 6]], 0)])
+                                       ([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3]], 2), ([[5], [5, 6]], 0), ([[1, 2, 3], [1, 9, 3], [1, 2, 3]], 1)])
 def test_the_common_start_is_that_of_a_loop(ids, want):
     assert T._common_start(ids) == want
     assert all(row[:want] == ids[0][:want] and len(row) > want for row in ids)
@@ -132,6 +132,13 @@ def test_the_beginning_is_read_once_and_no_block_above_the_layer_is_run(tiny):
     assert tokens_and_blocks(tiny, **how, layer=-1) == (3 + 3 * 2, [0, 1])
     assert tokens_and_blocks(tiny, **how, layer=0)[1] == []
     assert not any(b._forward_pre_hooks for b in tiny.model.layers)  # nothing stays behind
+
+
+def test_a_family_that_was_not_tested_runs_in_full(tiny):
+    teacher, blocks = of_family("bert", tiny), []
+    for i, block in enumerate(teacher.model.encoder.layer): block.register_forward_hook(lambda *_, i=i: blocks.append(i))
+    T.embed_captions(teacher, ["dog"], layer=1)
+    assert blocks == [0, 1, 2]
 
 
 def test_padding_side_and_a_padding_token_are_not_needed(tiny):
