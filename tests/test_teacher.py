@@ -134,6 +134,20 @@ def test_the_beginning_is_read_once_and_no_block_above_the_layer_is_run(tiny):
     assert not any(b._forward_pre_hooks for b in tiny.model.layers)  # nothing stays behind
 
 
+@pytest.mark.parametrize("budget, sizes", [(4, [(1, 9), (1, 4), (2, 2)]), (9, [(1, 9), (2, 4), (1, 1)]), (512, [(4, 9)])])
+def test_the_budget_of_tokens_says_how_the_model_is_fed(tiny, budget, sizes):
+    captions, fed = ["dog " * 9, "cat " * 4, "the moon", "boat"], []
+    hook = tiny.model.embed_tokens.register_forward_hook(lambda module, args, out: fed.append(tuple(args[0].shape)))
+    try: T.embed_captions(tiny, captions, tokens_per_batch=budget)
+    finally: hook.remove()
+    assert fed == sizes
+
+
+def test_settings_not_given_and_layers_counted_from_the_end(tiny):
+    np.testing.assert_array_equal(T.embed_captions(tiny, CAPTIONS), T.embed_captions(tiny, CAPTIONS, "mean", -1, "{}", 512, False))
+    for layer in range(3): np.testing.assert_array_equal(T.embed_captions(tiny, CAPTIONS, layer=layer - 3), T.embed_captions(tiny, CAPTIONS, layer=layer))
+
+
 def test_a_family_that_was_not_tested_runs_in_full(tiny):
     teacher, blocks = of_family("bert", tiny), []
     for i, block in enumerate(teacher.model.encoder.layer): block.register_forward_hook(lambda *_, i=i: blocks.append(i))
