@@ -284,6 +284,8 @@ def test_input_embeddings_are_the_mean_of_a_text_s_rows_and_zeros_without_tokens
     got, table = T.input_embeddings(tiny, ["dog", "big boat", ""]), tiny.model.embed_tokens.weight.detach()
     np.testing.assert_allclose(got[1], table[tiny.tokenizer("big boat")["input_ids"]].mean(0), atol=1e-6)
     assert got.shape == (3, 32) and got.dtype == np.float32 and not got[2].any()
+    half = T.input_embeddings(tiny._replace(model=deepcopy(tiny.model).bfloat16()), ["dog", "big boat", ""])
+    assert half.dtype == np.float32 and 0 < np.abs(half - got).max() < 2**-8 * np.abs(got).max()
 
 
 def test_recordings_round_trip_within_half_precision(tmp_path):
