@@ -90,9 +90,8 @@ def fold_caption(
 
     Unicode can write é in two ways; form NFKC makes them one. It also joins x² and x2."""
     if not isinstance(text, str): raise ValueError(f"{text!r:.80} is no text; expected a str")
-    text = unicodedata.normalize("NFKD", text).casefold()
-    def seen(c):
-        return c.isspace() or not (unicodedata.category(c) in ("Cc", "Cf") or _INVISIBLE.match(c))
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFKD", text).casefold())
+    def seen(c): return c.isspace() or unicodedata.category(c) not in ("Cc", "Cf")
     return " ".join(unicodedata.normalize("NFKC", "".join(filter(seen, text))).split())
 
 

@@ -420,7 +420,7 @@ def test_a_table_in_another_encoding_is_named(folder, encoding, name):
 
 
 @pytest.mark.parametrize("text, captions", [
-    ("image,caption\ra.png,one\rc.png,two\r", ["one", "two"]), ("\n\nimage,caption\n\na.png,one\n\nc.png,two", ["one", "two"]), (",image,,caption\n0,a.png,x,5\" pizza\n", ['5" pizza']),
+    ("image,caption\ra.png,one\rc.png,two\r", ["one", "two"]), ("\n\nimage,caption\n\na.png,one\n\nc.png,two", ["one", "two"]), (",image,,caption\n0,a.png,x,5\" pizza\n", ['5" pizza']), (" ,image, ,caption\n0,a.png,x,fine\n", ["fine"]),
     ('image,caption\r\na.png,"two\r\nlines, ""quoted"""\r\n', ['two\r\nlines, "quoted"']), ("\ufeffimage,caption\na.png,{x} $y_1$ <b>\n", ["{x} $y_1$ <b>"]), ("caption,image\nfine,a.png\n", ["fine"])])
 def test_csv_as_others_write_it_is_read(folder, text, captions):
     (folder / "captions.csv").write_text(text, encoding="utf-8", newline="")

@@ -57,7 +57,7 @@ def test_a_batch_gives_what_each_caption_gives_alone(tiny, pooling, layer, promp
 
 def test_hidden_states_are_the_model_s_own_and_padding_is_masked(tiny):
     states, mask = T.hidden_states(tiny, CAPTIONS)
-    assert len(states) == 3 and mask.sum(1).tolist() == [len(c.split()) for c in CAPTIONS]
+    assert not tiny.model.training and len(states) == 3 and mask.sum(1).tolist() == [len(c.split()) for c in CAPTIONS]
     for row, caption in enumerate(CAPTIONS):
         for layer in range(3): torch.testing.assert_close(states[layer][row, :len(caption.split())], alone(tiny, caption, layer), atol=1e-5, rtol=0)
 
@@ -110,7 +110,7 @@ def test_a_text_that_is_the_beginning_of_all_others_keeps_a_token_of_its_own(tin
 
 
 @pytest.mark.parametrize("ids, want", [([[1]], 0), ([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2], [1, 3]], 1), ([[2, 1], [1, 2]], 0),
-                                       ([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3]], 2), ([[5], [5, 6]], 0)])
+                                       ([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3]], 2), ([[5], [5, 6]], 0), ([[1, 2, 3], [1, 9, 3], [1, 2, 3]], 1)])
 def test_the_common_start_is_that_of_a_loop(ids, want):
     assert T._common_start(ids) == want
     assert all(row[:want] == ids[0][:want] and len(row) > want for row in ids)
@@ -132,6 +132,27 @@ def test_the_beginning_is_read_once_and_no_block_above_the_layer_is_run(tiny):
     assert tokens_and_blocks(tiny, **how, layer=-1) == (3 + 3 * 2, [0, 1])
     assert tokens_and_blocks(tiny, **how, layer=0)[1] == []
     assert not any(b._forward_pre_hooks for b in tiny.model.layers)  # nothing stays behind
+
+
+@pytest.mark.parametrize("budget, sizes", [(4, [(1, 9), (1, 4), (2, 2)]), (9, [(1, 9), (2, 4), (1, 1)]), (512, [(4, 9)])])
+def test_the_budget_of_tokens_says_how_the_model_is_fed(tiny, budget, sizes):
+    captions, fed = ["dog " * 9, "cat " * 4, "the moon", "boat"], []
+    hook = tiny.model.embed_tokens.register_forward_hook(lambda module, args, out: fed.append(tuple(args[0].shape)))
+    try: T.embed_captions(tiny, captions, tokens_per_batch=budget)
+    finally: hook.remove()
+    assert fed == sizes
+
+
+def test_settings_not_given_and_layers_counted_from_the_end(tiny):
+    np.testing.assert_array_equal(T.embed_captions(tiny, CAPTIONS), T.embed_captions(tiny, CAPTIONS, "mean", -1, "{}", 512, False))
+    for layer in range(3): np.testing.assert_array_equal(T.embed_captions(tiny, CAPTIONS, layer=layer - 3), T.embed_captions(tiny, CAPTIONS, layer=layer))
+
+
+def test_a_family_that_was_not_tested_runs_in_full(tiny):
+    teacher, blocks = of_family("bert", tiny), []
+    for i, block in enumerate(teacher.model.encoder.layer): block.register_forward_hook(lambda *_, i=i: blocks.append(i))
+    T.embed_captions(teacher, ["dog"], layer=1)
+    assert blocks == [0, 1, 2]
 
 
 def test_padding_side_and_a_padding_token_are_not_needed(tiny):
@@ -263,6 +284,8 @@ def test_input_embeddings_are_the_mean_of_a_text_s_rows_and_zeros_without_tokens
     got, table = T.input_embeddings(tiny, ["dog", "big boat", ""]), tiny.model.embed_tokens.weight.detach()
     np.testing.assert_allclose(got[1], table[tiny.tokenizer("big boat")["input_ids"]].mean(0), atol=1e-6)
     assert got.shape == (3, 32) and got.dtype == np.float32 and not got[2].any()
+    half = T.input_embeddings(tiny._replace(model=deepcopy(tiny.model).bfloat16()), ["dog", "big boat", ""])
+    assert half.dtype == np.float32 and 0 < np.abs(half - got).max() < 2**-8 * np.abs(got).max()
 
 
 def test_recordings_round_trip_within_half_precision(tmp_path):
@@ -397,8 +420,9 @@ def test_a_chunk_in_the_cache_that_is_damaged_is_named(tiny, tmp_path, monkeypat
     np.testing.assert_array_equal(T.cached_embeddings(np.array(CAPTIONS), **how | dict(layer=-1, get_teacher=None)), whole)
     for path in (tmp_path / "embeddings").iterdir():
         content = path.read_bytes()
-        for damage in (lambda: path.write_bytes(content[:-3]), lambda: path.write_bytes(b""), lambda: (path.unlink(), path.mkdir())):
-            damage()
+        for damage in (content[:-3], b"", None):
+            path.unlink()
+            path.mkdir() if damage is None else path.write_bytes(damage)
             with pytest.raises(ValueError, match=f"{path.name} is no file of recorded.*delete it"): T.cached_embeddings(CAPTIONS, **how)
         path.rmdir()
         path.write_bytes(content)
@@ -565,7 +589,7 @@ def saved(teacher, folder, **special):
     return str(folder)
 
 
-@pytest.mark.parametrize("special, pad", [(dict(), "<pad>"), (dict(pad_token=None, eos_token="moon"), "moon"), (dict(pad_token=None), "<unk>"),
+@pytest.mark.parametrize("special, pad", [(dict(), "<pad>"), (dict(eos_token="moon"), "<pad>"), (dict(pad_token=None, eos_token="moon"), "moon"), (dict(pad_token=None), "<unk>"),
                                           (dict(pad_token=None, unk_token=None), "<pad>"), (dict(pad_token="<beyond the vocabulary>"), "<unk>")])
 def test_any_token_of_the_vocabulary_will_do_as_padding(tiny, tmp_path, special, pad):
     teacher = T.load_teacher(saved(tiny, tmp_path, padding_side="left", **special))
@@ -640,7 +664,10 @@ def test_weights_of_a_pooler_may_be_missing(tiny, tmp_path):
 def test_the_source_is_another_where_any_file_that_is_read_is_another(tmp_path, file):
     model = SimpleNamespace(config=SimpleNamespace())
     for name in ("tokenizer.json", "config.json", "model.safetensors", "merges.txt", "vocab.txt", "pytorch_model.bin", "tokenizer.model", "README.md"): (tmp_path / name).write_text("same")
-    sources = [F._revision(model, tmp_path)]
+    sources, listed = [F._revision(model, tmp_path)], Path.iterdir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda self: reversed([*listed(self)]))
+        assert F._revision(model, tmp_path) == sources[0]  # in whatever order a disk lists its files
     (tmp_path / file).write_text("other")
     sources.append(F._revision(model, tmp_path))
     (tmp_path / file).rename(tmp_path / f"new_{file}")
@@ -675,6 +702,16 @@ def test_weights_go_straight_to_the_device(tiny, tmp_path, monkeypatch, device, 
     assert asked == [place]
 
 
+def test_code_that_comes_with_a_teacher_is_never_run(tiny, tmp_path, monkeypatch):
+    import transformers
+    folder, asked = saved(tiny, tmp_path), []
+    for name in ("AutoConfig", "AutoModel", "AutoTokenizer"):
+        one, load = getattr(transformers, name), getattr(transformers, name).from_pretrained
+        monkeypatch.setattr(one, "from_pretrained", lambda *a, load=load, **k: asked.append(k["trust_remote_code"]) or load(*a, **k))
+    T.load_teacher(folder)
+    assert len(asked) >= 3 and not any(asked)
+
+
 def test_on_the_hub_the_commit_is_the_source_and_errors_end_in_what_to_do():
     assert F._revision(SimpleNamespace(config=SimpleNamespace(_commit_hash="0123abc")), "some/model") == "some/model commit:0123abc"
     plain = F._explain("x/y", OSError("no such thing"))
@@ -684,6 +721,8 @@ def test_on_the_hub_the_commit_is_the_source_and_errors_end_in_what_to_do():
     other.__context__ = ring
     assert isinstance(F._explain("x", ring), FileNotFoundError)
     assert isinstance(F._explain("x", OSError("You are trying to access a gated repo.")), PermissionError)
+    class GatedRepoError(OSError): pass
+    assert isinstance(F._explain("x", GatedRepoError("403")), PermissionError)
 
 
 @pytest.fixture
@@ -704,6 +743,27 @@ def test_an_interrupted_conversion_leaves_nothing(gguf, tmp_path, error):
     gguf(error)
     with pytest.raises(type(error)): T.convert_gguf(Path("some/where.gguf"), tmp_path / "deep" / "teacher")
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_conversion_that_cannot_be_put_in_its_place_is_no_conversion(tiny, gguf, tmp_path, monkeypatch):
+    gguf(tiny.tokenizer)
+    replace = F.os.replace
+    def full(source, target):
+        if Path(target).name == "teacher": raise OSError("disk full")
+        return replace(source, target)
+    monkeypatch.setattr(F.os, "replace", full)
+    with pytest.raises(OSError, match="disk full"): T.convert_gguf("some/where.gguf", tmp_path / "teacher")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_converted_teacher_is_no_longer_quantised(tiny, gguf, tmp_path, monkeypatch):
+    import transformers
+    quantised = deepcopy(tiny.model)
+    quantised.config.quantization_config = dict(quant_method="gguf")
+    gguf(tiny.tokenizer)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda folder, gguf_file, **_: quantised)
+    T.convert_gguf("some/where.gguf", str(tmp_path / "teacher"))
+    assert "quantization_config" not in json.loads((tmp_path / "teacher/config.json").read_text())
 
 
 def test_a_conversion_is_whole_and_two_at_once_do_no_harm(tiny, gguf, tmp_path, monkeypatch):
@@ -819,7 +879,7 @@ def test_eight_bits_are_wrong_by_at_most_half_a_step_of_their_column(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 7)).astype(np.float32) * np.array([1e-6, 0, 1, 10, 1e3, 1e4, 5], np.float32) + np.array([0, 3, 0, -50, 0, 0, 0], np.float32)
     captions = [f"caption {i}" for i in range(500)]
-    small = T.save_embeddings(tmp_path / "8.safetensors", x, captions, bits=8, teacher="t")
+    with np.errstate(invalid="raise", divide="raise"): small = T.save_embeddings(tmp_path / "8.safetensors", x, captions, bits=8, teacher="t")  # a column of one value has no step
     back = T.load_embeddings(small, captions, teacher="t")
     assert back.dtype == np.float32 and small.stat().st_size < 0.6 * T.save_embeddings(tmp_path / "16.safetensors", x, captions).stat().st_size
     step = (x.max(0) - x.min(0)) / 255
