@@ -52,6 +52,9 @@ def _create_clip(name: str, pretrained: str | None, **settings: Any) -> nn.Modul
     try: return open_clip.create_model(name, pretrained=pretrained, **settings)
     finally: logging.getLogger().removeFilter(wanted)
 
+def _as_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:  # in their precision
+    return x.to(next(module.parameters()).dtype) if x.is_floating_point() else x
+
 # %% ../nbs/03_student.ipynb #11aa6b01
 class Towers(nn.Module):
     "An open_clip model as this course uses it: two encoders, a clipped scale, fixed BatchNorm."
@@ -178,9 +181,6 @@ def _cut_trunk(trunk: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:  # to m
     layers = [trunk.conv_stem, trunk.bn1, *trunk.blocks]
     layers += [trunk.conv_head, trunk.bn2, trunk.global_pool]
     return nn.Sequential(*layers[:-4]), nn.Sequential(*layers[-4:])
-
-def _as_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:  # in their precision
-    return x.to(next(module.parameters()).dtype) if x.is_floating_point() else x
 
 def _after_maps(trunk: nn.Module, maps: torch.Tensor) -> torch.Tensor:  # (n, c, h, w) → (n, w)
     kind = trunk.conv_head.weight.dtype
