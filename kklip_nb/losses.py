@@ -126,7 +126,7 @@ def concept_loss(
     With `validate` ValueError also for such ids, rows that are no probabilities, NaN, infinity."""
     _check_matrix("logits", logits)
     _check_labels(logits, concepts, ignore_index)
-    if not (isinstance(label_smoothing, Real) and label_smoothing >= 0):  # torch would take it for 0
+    if not (isinstance(label_smoothing, Real) and label_smoothing >= 0):  # torch takes it for 0
         raise ValueError(f"label_smoothing={label_smoothing}; expected 0 to 1")
     soft, skipped = concepts.is_floating_point(), _NO_ID if ignore_index is None else ignore_index
     if validate:

@@ -32,7 +32,6 @@ from timm.models import EfficientNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .losses import _unit
 from .teacher import standardise
 from .tools import as_array, cache_dir, finite_matrix, write_atomically
 
@@ -53,6 +52,9 @@ def _create_clip(name: str, pretrained: str | None, **settings: Any) -> nn.Modul
     try: return open_clip.create_model(name, pretrained=pretrained, **settings)
     finally: logging.getLogger().removeFilter(wanted)
 
+def _as_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:  # in their precision
+    return x.to(next(module.parameters()).dtype) if x.is_floating_point() else x
+
 # %% ../nbs/03_student.ipynb #11aa6b01
 class Towers(nn.Module):
     "An open_clip model as this course uses it: two encoders, a clipped scale, fixed BatchNorm."
@@ -65,8 +67,7 @@ class Towers(nn.Module):
         images: torch.Tensor,  # (n, 3, h, w) prepared images, or what image_inputs has made of them
     ) -> torch.Tensor:  # (n, d), not normalised
         "The image tower, or what is left to run; of a picture and its mirror image, the picture."
-        if images.ndim == 5: images = images[:, 0]
-        if images.is_floating_point(): images = images.to(next(self.clip.visual.parameters()).dtype)
+        images = _as_weights(self.clip.visual, images[:, 0] if images.ndim == 5 else images)
         if images.ndim == 4 and images.shape[1] != 3:
             images = _after_maps(self.clip.visual.trunk, images)
         if images.ndim == 2: return self.clip.visual.head(images)
@@ -189,14 +190,33 @@ def _projection(kind: str, width: int, teacher_dim: int) -> nn.Module:
     if kind == "linear": return nn.Linear(width, teacher_dim)
     return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, teacher_dim))
 
+# %% ../nbs/03_student.ipynb #5c1e0a11
+def _unit_rows(x: torch.Tensor) -> torch.Tensor:  # a row of zeros stays
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / (length + length.logical_not())
+
+def _level_rows(x: torch.Tensor) -> torch.Tensor:  # a root mean square of one
+    return F.rms_norm(x, x.shape[1:])
+
+def _rows(features: torch.Tensor, d: int, normalise: Callable) -> torch.Tensor:
+    "Rows of (n, d) features, normalised in float32 at least: half precision overflows."
+    if not isinstance(features, torch.Tensor):
+        raise ValueError(f"features are a {type(features).__name__}; expected a tensor")
+    if features.ndim != 2 or features.shape[1] != d or not features.is_floating_point():
+        raise ValueError(f"features are {features.dtype} of shape {tuple(features.shape)}; "
+                         f"expected floating point, (n, {d})")
+    wide = features.float() if features.element_size() < 4 else features
+    return normalise(wide).to(features.dtype)
+
+def _check_one_of(name: str, value: str, *known: str) -> None:
+    if value not in known: raise ValueError(f"{name}={value!r}; expected one of {known}")
+
 def _check_student(teacher_dim: int, n_concepts: int, train_image: str, projection: str) -> None:
     for name, value in dict(teacher_dim=teacher_dim, n_concepts=n_concepts).items():
         if not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
-    if train_image not in ("head", "last", "all"):
-        raise ValueError(f"train_image={train_image!r}; expected 'head', 'last' or 'all'")
-    if projection not in ("linear", "mlp"):
-        raise ValueError(f"projection={projection!r}; expected 'linear' or 'mlp'")
+    _check_one_of("train_image", train_image, "head", "last", "all")
+    _check_one_of("projection", projection, "linear", "mlp")
 
 # %% ../nbs/03_student.ipynb #80410dc5
 def _freeze(clip: nn.Module, train_image: str) -> None:
@@ -238,18 +258,7 @@ class Student(Towers):
 
     def predict_teacher(self, text_features: torch.Tensor) -> torch.Tensor:
         "Text features (n, d), not normalised: at unit length, mapped to (n, teacher_dim)."
-        return self.to_teacher(self._rows(text_features, _unit))
-
-    def _rows(self, features: torch.Tensor, normalise: Callable) -> torch.Tensor:
-        "Rows of (n, d) features, normalised in float32 at least: half precision overflows."
-        d = self.image_concepts.in_features
-        if not isinstance(features, torch.Tensor):
-            raise ValueError(f"features are a {type(features).__name__}; expected a tensor")
-        if features.ndim != 2 or features.shape[1] != d or not features.is_floating_point():
-            raise ValueError(f"features are {features.dtype} of shape {tuple(features.shape)}; "
-                             f"expected floating point, (n, {d})")
-        wide = features.float() if features.element_size() < 4 else features
-        return normalise(wide).to(features.dtype)
+        return self.to_teacher(_rows(text_features, self.text_concepts.in_features, _unit_rows))
 
     def predict_concepts(
         self,
@@ -257,10 +266,9 @@ class Student(Towers):
         modality: str,  # 'image' or 'text': each has a classifier of its own
     ) -> torch.Tensor:  # (n, k) logits
         "A linear classifier on features whose entries are brought to a root mean square of one."
-        if modality not in ("image", "text"):
-            raise ValueError(f"modality={modality!r}; expected 'image' or 'text'")
-        rows = self._rows(features, lambda x: F.rms_norm(x, x.shape[1:]))
-        return getattr(self, f"{modality}_concepts")(rows)
+        _check_one_of("modality", modality, "image", "text")
+        head = getattr(self, f"{modality}_concepts")
+        return head(_rows(features, head.in_features, _level_rows))
 
 # %% ../nbs/03_student.ipynb #51459d4a
 def imagenet_weights() -> dict[str, torch.Tensor]:  # state dict of timm's tf_efficientnet_lite0
@@ -296,6 +304,7 @@ def check_activation(
         raise ValueError(f"weights {pretrained!r} need quick_gelu={wanted}, {name!r} has {built}; "
                          f"use {other!r}")
 
+# %% ../nbs/03_student.ipynb #f1f8af2c
 def _model_config(name: str) -> dict[str, Any]:
     "The configuration of a model whose captions our tokeniser can write, or a ValueError."
     if name not in open_clip.list_models():  # nor a folder or a repository, which may be anything
@@ -333,8 +342,7 @@ def build_student(
     seed: int = 0,  # of every weight that starts at random; the caller's random state is left alone
     projection: str = "linear",  # to the teacher's dimension: 'linear' or 'mlp'
 ) -> Student:
-    """A student ready to train. Raises ValueError for an unknown model, another tokeniser or
-    activation, and for weights that cannot be read or do not fit."""
+    "A student ready to train; ValueError for a model or for weights that do not fit."
     embed_dim, ours = _model_config(name)["embed_dim"], name == "kklip-laptop"
     _check_student(teacher_dim, n_concepts, train_image, projection)
     if pretrained is not None: pretrained = _weights(name, pretrained)

@@ -57,12 +57,14 @@ def test_each_arrow_leads_from_a_step_to_what_needs_it_and_says_what_goes_along(
     arrows = [t for t in ax.texts if getattr(t, "arrow_patch", None)]
     ends = {(name(t.xyann), name(t.xy)): t for t in arrows for name in [lambda xy: next(n for n, at in boxes.items() if at == xy)]}
     assert {("Data", "Teacher"), ("Data", "Student"), ("Teacher", "Concepts"), ("Student", "Losses"), ("Losses", "Training"), ("Training", "Evaluation")} <= ends.keys() == _ARROWS.keys()
-    assert all(t.arrow_patch.get_arrowstyle().arrow == "-|>" for t in arrows) and all(boxes[a][0] < boxes[b][0] or boxes[a][1] != boxes[b][1] for a, b in ends)
+    assert all(t.arrow_patch.get_arrowstyle().arrow == "-|>" and {"patchA", "patchB"} <= t.arrowprops.keys() for t in arrows) and all(boxes[a][0] < boxes[b][0] or boxes[a][1] != boxes[b][1] for a, b in ends)
     words = {t.get_text(): t.get_position() for t in ax.texts if t.get_text() in _ARROWS.values() and t.get_text()}
     for (a, b), word in _ARROWS.items():
         if not word: continue
         x, y = ((p + q) / 2 for p, q in zip(boxes[a], boxes[b]))
-        assert words[word][0] == pytest.approx(x) and y <= words[word][1] < y + 0.25
+        assert words[word] == pytest.approx((x, y + 0.14 if boxes[a][1] == boxes[b][1] else y))
+    given = {("Data", "Teacher"): "captions", ("Data", "Student"): "pairs", ("Teacher", "Concepts"): "embeddings", ("Concepts", "Losses"): "soft labels", ("Student", "Losses"): "features"}
+    assert given == {ends: word for ends, word in _ARROWS.items() if word}
     plt.close(figure)
 
 
@@ -96,7 +98,8 @@ def test_refused_prints_the_message(capsys):
 def test_every_kind_of_refusal_counts_and_options_are_passed_on(error, capsys):
     def call(a, b=None): raise error(f"{a} {b}")
     refused(call, "x", b="y")
-    assert capsys.readouterr().out.startswith(error.__name__) and refused(call, 1) is None and "1 None" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith(error.__name__) and "x y" in shown and refused(call, 1) is None and "1 None" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="functools.partial.* should refuse"): refused(partial(int, "2"))
 
 

@@ -686,8 +686,8 @@ def test_concept_loss_is_computed_in_float32(half, labels):
 @HALF
 def test_the_total_is_summed_in_float32(half):
     parts = [torch.tensor(v, dtype=half) for v in (60000.0, 60000.0, 60000.0)]
-    total, named = kklip_loss(*parts, 1, 1, 1)
-    assert total.dtype == torch.float32 and total.item() == pytest.approx(3 * parts[0].item())
+    total, named = kklip_loss(*parts, 2, 3, 4)  # each product is beyond float16
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(9 * parts[0].item())
     assert [p.dtype for p in named.values()] == [half] * 3
 
 
@@ -752,7 +752,8 @@ def test_autocast_changes_little(call, dtype):
         inside = torch.autograd.grad(value, first, retain_graph=True)[0]
     after = torch.autograd.grad(value, first)[0]  # outside, as torch advises
     torch.testing.assert_close(value.detach(), expected[0], rtol=1e-6, atol=1e-6)
-    for gradient, tolerance in ((inside, 1e-2), (after, 1e-6 if dtype == torch.float32 else 1e-2)):
+    own = 1e-6 if dtype == torch.float32 else 1e-2
+    for gradient, tolerance in ((inside, own if call == "chunks" else 1e-2), (after, own)):  # chunks have a backward of their own
         torch.testing.assert_close(gradient.float(), expected[1], rtol=tolerance, atol=tolerance * expected[1].abs().max().item())
 
 
