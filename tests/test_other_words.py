@@ -244,7 +244,7 @@ def test_lines_by_hand():
 def test_scores_of_a_part(rng):
     right = np.eye(6, 10, dtype=bool)
     right[0, 7] = True
-    queries, candidates, rows = Queries(list("abcdef"), right), np.array([1, 2, 7, 9]), [0, 2, 5]
+    queries, candidates, rows = Queries(list("abcdef"), right), np.array([1, 2, 7, 9]), [5, 0, 2]
     q, c = rng.normal(size=(6, 4)), rng.normal(size=(10, 4))
     lines = other_words_scores(torch.from_numpy(q), torch.from_numpy(c), queries, rows, candidates, {"c"})
     kept = score_queries(q[[0, 2]], c[candidates], right[[0, 2]][:, candidates])  # 'f' has no right picture among these
