@@ -80,7 +80,7 @@ def test_missing_keywords_say_what_to_install(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("a, b, same", [
-    ("car", "cars", True), ("climber", "climbing", True), ("joke", "joker", True), ("foot", "feet", True), ("berry", "berries", True),
+    ("car", "cars", True), ("climber", "climbing", True), ("joke", "joker", True), ("flyer", "fly", True), ("dryer", "dries", True), ("foot", "feet", True), ("berry", "berries", True),
     ("wrestler", "wrestling", True), ("leaf", "leaves", True), ("car", "automobile", False), ("army", "arm", False), ("unhappy", "happy", False),
 ])  # fmt: skip
 def test_forms_of_one_word_meet(a, b, same):
