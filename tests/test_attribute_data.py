@@ -215,6 +215,8 @@ def test_cub_notices_a_file_that_was_cut_off(cub):
         ("image_class_labels.txt", "1 1\n2 1\n", "2 lines; expected 3"),
         ("image_class_labels.txt", "1 1\n2 1\n3 3\n", "line 3: '3'; expected a whole number from 1 to 2"),
         ("train_test_split.txt", "1 0\n2 1\n3 yes\n", "line 3"),
+        ("train_test_split.txt", "1 0\n2 1\n3 2\n", "line 3: '2'; expected a whole number from 0 to 1"),
+        ("image_class_labels.txt", "1 0\n2 1\n3 2\n", "line 1: '0'; expected a whole number from 1 to 2"),
         ("train_test_split.txt", "1 0\n3 1\n2 1\n", "line 2"),
         ("attributes/certainties.txt", "1 definitely\n2 not visible\n", "not visible"),
     ],
@@ -373,7 +375,8 @@ def test_files_are_fitted_prepared_and_encoded_in_evaluation_mode(tmp_path, monk
     picture(tmp_path / "a.png", (200, 100, 0), (8, 8))
     monkeypatch.setattr(module, "prepare_images", lambda student, images: torch.from_numpy(images).permute(0, 3, 1, 2) / 100 - 1)
     student = Recorder().train()
-    x = file_features(student, [tmp_path / "a.png"] * 65)
-    assert student.seen == [(64, 3, 224, 224), (1, 3, 224, 224)] and student.modes == [False, False]
-    assert not x.requires_grad and len(x) == 65 and x[64].tolist() == pytest.approx([1, 0, -1], abs=1e-5)
-    assert file_features(student, [tmp_path / "a.png"], 16).tolist() == [pytest.approx([1, 0, -1])] and student.seen[-1] == (1, 3, 16, 16)
+    assert file_features(student, [tmp_path / "a.png"], 16).tolist() == [pytest.approx([1, 0, -1])] and student.seen == [(1, 3, 16, 16)]
+    monkeypatch.setattr(module, "read_image", lambda file, size: np.full((size, size, 3), file, np.uint8))
+    x = file_features(student, range(65))
+    assert student.seen[1:] == [(64, 3, 224, 224), (1, 3, 224, 224)] and student.modes == [False] * 3
+    assert not x.requires_grad and x[:, 1].tolist() == pytest.approx([i / 100 - 1 for i in range(65)], abs=1e-5)

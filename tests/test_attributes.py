@@ -233,6 +233,13 @@ def test_classes_from_attributes_by_hand():
     np.testing.assert_allclose(signature_scores(scores, signatures), z @ (centred / np.linalg.norm(centred, axis=1, keepdims=True)).T)
 
 
+def test_signatures_are_centred_and_keep_their_spread(rng):
+    scores, strengths = rng.normal(size=(6, 3)) * [1, 20, 0.1] + [0, 5, -3], np.array([[10.0, 0, 50], [0, 2, 100], [3, 1, 75], [7, 1, 0]])
+    z, centred = (scores - scores.mean(0)) / scores.std(0), strengths - strengths.mean(0)
+    wanted = [[float(a @ b / np.linalg.norm(b)) for b in centred] for a in z]
+    np.testing.assert_allclose(signature_scores(scores, strengths), wanted, atol=1e-12)
+
+
 def test_missing_signatures_and_scores_do_not_vote():
     signatures = np.array([[1, NAN], [0, 1], [0, 0.0]])
     scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.1, 0.0]])

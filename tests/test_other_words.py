@@ -80,7 +80,7 @@ def test_missing_keywords_say_what_to_install(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("a, b, same", [
-    ("car", "cars", True), ("climber", "climbing", True), ("joke", "joker", True), ("foot", "feet", True), ("berry", "berries", True),
+    ("car", "cars", True), ("climber", "climbing", True), ("joke", "joker", True), ("flyer", "fly", True), ("dryer", "dries", True), ("foot", "feet", True), ("berry", "berries", True),
     ("wrestler", "wrestling", True), ("leaf", "leaves", True), ("car", "automobile", False), ("army", "arm", False), ("unhappy", "happy", False),
 ])  # fmt: skip
 def test_forms_of_one_word_meet(a, b, same):
@@ -244,7 +244,7 @@ def test_lines_by_hand():
 def test_scores_of_a_part(rng):
     right = np.eye(6, 10, dtype=bool)
     right[0, 7] = True
-    queries, candidates, rows = Queries(list("abcdef"), right), np.array([1, 2, 7, 9]), [0, 2, 5]
+    queries, candidates, rows = Queries(list("abcdef"), right), np.array([1, 2, 7, 9]), [5, 0, 2]
     q, c = rng.normal(size=(6, 4)), rng.normal(size=(10, 4))
     lines = other_words_scores(torch.from_numpy(q), torch.from_numpy(c), queries, rows, candidates, {"c"})
     kept = score_queries(q[[0, 2]], c[candidates], right[[0, 2]][:, candidates])  # 'f' has no right picture among these
@@ -437,7 +437,7 @@ def test_the_picture_beside_a_word_and_the_ticks_are_of_right_ones():
 
 
 @pytest.mark.parametrize("caption, keyword, asked", [
-    ("red bus", "busmen", True), ("red bus men", "busmen", False), ("a fir and a tree", "firtree", False), ("ax man", "axman", True), ("car go", "cargo", True), ("tea pot", "teapots", True),
+    ("red bus", "busmen", True), ("red bus men", "busmen", False), ("a fir and a tree", "firtree", False), ("ax man", "axman", True), ("oak tag", "oaktag", False), ("man ax", "manax", True), ("car go", "cargo", True), ("tea pot", "teapots", True),
     ("tea pots", "teapots", False), ("bakers", "bake", False), ("baker", "bakes", False), ("x", "ab cdefg", False), ("old", "old boat", False), ("boat", "old boats", False), ("x", "old boats", True),
 ])  # fmt: skip
 def test_what_a_caption_says_is_not_asked(caption, keyword, asked):
@@ -466,6 +466,6 @@ def test_the_share_of_validation_counts_queries_not_groups():
 @pytest.mark.parametrize("name", ["query", "candidate"])
 def test_the_length_of_features_changes_no_score(name, rng):
     q, c, right = rng.normal(size=(5, 3)), rng.normal(size=(9, 3)), np.eye(5, 9, dtype=bool)
-    other = (q * [[1], [9], [0.1], [50], [3]], c) if name == "query" else (q, c * np.arange(1, 10)[:, None] ** 3)
+    other = (q * [[1], [9], [1e-12], [50], [3]], c) if name == "query" else (q, c * np.arange(1, 10)[:, None] ** 3)
     for key, value in score_queries(q, c, right).items(): np.testing.assert_allclose(score_queries(*other, right)[key], value)
     assert (ranked_pictures(*other, range(9)) == ranked_pictures(q, c, range(9))).all()
