@@ -11,7 +11,6 @@ __all__ = ['TEMPLATES', 'hits_at_k', 'first_place', 'retrieval_recall', 'median_
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
 from .data import fold_caption
-from .tools import as_array, finite_matrix, finite_numbers, same_ids
+from .tools import (as_read, booleans, finite_matrix, finite_numbers, row_numbers, same_ids,
+                            whole_number)
 
 # %% ../nbs/07_evaluation.ipynb #c3091a64
 def _unit_rows(name: str, features: Any) -> np.ndarray:
@@ -38,24 +38,9 @@ def _hit_chance(places: int, ties: int, good: int) -> float:
     return 1.0 - math.comb(ties - good, places) / math.comb(ties, places)
 
 # %% ../nbs/07_evaluation.ipynb #82fc207c
-def _booleans(name: str, values: Any) -> np.ndarray:
-    "Booleans, from these or from 0 and 1."
-    try: array = as_array(values)
-    except ValueError as error: raise ValueError(f"{name}: {error}; expected booleans") from error
-    if array.dtype != bool and not np.isin(array, (0, 1)).all():
-        raise ValueError(f"{name} holds other values than 0 and 1; expected booleans")
-    return array.astype(bool)
-
-def _count(name: str, value: Any) -> int:
-    "A whole number of at least 1."
-    try:
-        if int(value) == value >= 1: return int(value)
-    except (TypeError, ValueError, OverflowError): pass
-    raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
-
 def _ties(similarities: Any, right: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "For each query: candidates above its best right answer, as good as it, and right among these."
-    scores, right = finite_matrix("similarities", similarities), _booleans("right", right)
+    scores, right = finite_matrix("similarities", similarities), booleans("right", right)
     if scores.shape != right.shape or not right.any(1).all():
         raise ValueError(f"similarities {scores.shape} and right {right.shape}; "
                          "expected one shape, and a right answer in each row")
@@ -70,7 +55,7 @@ def hits_at_k(
     k: int,  # how many candidates are looked at
 ) -> np.ndarray:  # (n,) in 0 … 1
     "Chance that a right answer is among the first k, ties being put in random order."
-    k, counts = _count("k", k), zip(*_ties(similarities, right))
+    k, counts = whole_number("k", k), zip(*_ties(similarities, right))
     return np.array([_hit_chance(k - above, ties, good) for above, ties, good in counts])
 
 # %% ../nbs/07_evaluation.ipynb #0993dba8
@@ -97,26 +82,10 @@ def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
     return np.round(images @ texts.T, 10)
 
 # %% ../nbs/07_evaluation.ipynb #91eed7d4
-def _as_read(name: Any) -> Any:
-    "A text composed and with single spaces; a table's NaN or NA as None; others as they are."
-    if isinstance(name, str): return " ".join(unicodedata.normalize("NFC", name).split())
-    missing = isinstance(name, float) and name != name or type(name).__name__ == "NAType"
-    return None if missing else name
-
-def _name_numbers(*columns: Iterable) -> list[np.ndarray]:
-    "Names that read the same as equal numbers over all columns; numbers rise with the names."
-    columns = [[_as_read(n) for n in names] for names in columns]
-    ids = same_ids(*columns)
-    names = dict(zip(chain(*ids), chain(*columns)))
-    try: order = sorted(names, key=names.get)
-    except TypeError: order = sorted(names, key=lambda i: repr(names[i]))  # None beside text
-    rank = np.argsort(order)
-    return [rank[i] for i in ids]
-
 def _right_answers(n: int, text_ids: Iterable | None) -> np.ndarray:
     "(n, n) booleans: is text j a right answer to image i?"
     if text_ids is None: return np.eye(n, dtype=bool)
-    (ids,) = _name_numbers(text_ids)
+    (ids,) = same_ids(text_ids)
     if len(ids) != n: raise ValueError(f"{len(ids)} text_ids for {n} pairs; expected one a pair")
     return ids[:, None] == ids
 
@@ -135,7 +104,7 @@ def retrieval_recall(
 ) -> dict[str, float]:  # i2t_r1, t2i_r1, …
     "Share of queries with a right answer among the k most similar; a tie counts its expectation."
     if not isinstance(ks, Iterable): raise ValueError(f"ks={ks!r}; expected several, as (1, 5)")
-    ks = [_count("k", k) for k in ks]
+    ks = [whole_number("k", k) for k in ks]
     ways = _both_ways(image_features, text_features, text_ids).items()
     return {f"{way}_r{k}": float(hits_at_k(s, right, min(k, len(s))).mean())
             for way, (s, right) in ways for k in ks}
@@ -188,7 +157,7 @@ def zero_shot_hits(
         raise ValueError(f"{len(truth)} true classes for {len(images)} images; expected one each")
     if texts.shape != wanted:
         raise ValueError(f"text_classifier has shape {texts.shape}; expected {wanted}")
-    names, true = _name_numbers(classes, truth)
+    names, true = same_ids(classes, truth)
     right = true[:, None] == names
     if not right.any(1).all():
         raise ValueError(f"{truth[np.argmin(right.any(1))]!r} is a true class, but not in classes; "
@@ -205,14 +174,14 @@ def knn_hits(
 ) -> np.ndarray:  # (n,) 1.0 where the vote is right
     "How good one encoder alone is: the nearest training rows vote, each by 1 / cosine distance."
     train, test = _unit_rows("train_features", train_features), _unit_rows("features", features)
-    votes, truth = _name_numbers(train_classes, classes)
+    votes, truth = same_ids(train_classes, classes)
     for rows, names in ((train, votes), (test, truth)):
         if len(rows) != len(names):
             raise ValueError(f"{len(names)} classes for {len(rows)} rows; expected one each")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"train_features {train.shape}, features {test.shape}; use one encoder")
     how = dict(metric="cosine", algorithm="brute", weights="distance")
-    knn = KNeighborsClassifier(min(_count("neighbours", neighbours), len(train)), **how)
+    knn = KNeighborsClassifier(min(whole_number("neighbours", neighbours), len(train)), **how)
     return (knn.fit(train, votes).predict(test) == truth).astype(float)
 
 # %% ../nbs/07_evaluation.ipynb #ac6744c8
@@ -236,15 +205,6 @@ def uniformity(
     return float(np.log(np.exp(-t * squared).mean()))
 
 # %% ../nbs/07_evaluation.ipynb #5ev00061
-def _row_numbers(name: str, rows: Any, n: int) -> np.ndarray:
-    "Rows as whole numbers, from these or a mask of n booleans."
-    rows = as_array(rows if hasattr(rows, "__len__") else [*rows])
-    if rows.shape == (n,) and rows.dtype == bool: return np.flatnonzero(rows)
-    if rows.shape == (0,): return rows.astype(int)
-    if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < -n or rows.max() >= n:
-        raise ValueError(f"{name}={rows}; expected numbers of rows, from 0 to {n - 1}")
-    return rows
-
 def _with_class(classes: Sequence, *parts: np.ndarray) -> list[list[int]]:
     "The rows of each part whose class is known."
     return [[i for i in rows if classes[i] is not None] for rows in parts]
@@ -263,10 +223,10 @@ def item_scores(
     Where no scored pair, or no voter, has a class, zero_shot or knn_* is left out."""
     images = _unit_rows("image_features", image_features)
     texts = _unit_rows("text_features", text_features)
-    classes = [*map(_as_read, classes)]
+    classes = [*map(as_read, classes)]
     if len(classes) != len(images):
         raise ValueError(f"{len(classes)} classes for {len(images)} pairs; expected one a pair")
-    train, test = (_row_numbers(*x, len(images)) for x in (("train", train), ("test", test)))
+    train, test = (row_numbers(*x, len(images)) for x in (("train", train), ("test", test)))
     ways = _both_ways(images[test], texts[test]).items()
     items = {f"{way}_r{k}": hits_at_k(s, right, min(k, len(s)))
              for way, (s, right) in ways for k in (1, 5, 10)}
@@ -287,7 +247,7 @@ def evaluate(
     items = item_scores(image_features, text_features, encode, classes, train, test)
     scores = {k: np.median(v) if k.endswith("median_rank") else v.mean() for k, v in items.items()}
     images, texts = _unit_pairs(image_features, text_features)
-    images, texts = (x[_row_numbers("test", test, len(x))] for x in (images, texts))
+    images, texts = (x[row_numbers("test", test, len(x))] for x in (images, texts))
     scores |= dict(uniformity_image=uniformity(images), uniformity_text=uniformity(texts))
     scores["alignment"] = alignment(images, texts)
     return {k: float(v) for k, v in scores.items()}
@@ -299,16 +259,16 @@ def chance_levels(
     train: np.ndarray | None = None,  # rows that the neighbours come from; if None, no level
 ) -> dict[str, float]:
     "What guessing gives on the same rows: any order, any class name, any training row's class."
-    classes = [*map(_as_read, classes)]
-    test = _row_numbers("test", test, len(classes))
-    train = _row_numbers("train", () if train is None else train, len(classes))
+    classes = [*map(as_read, classes)]
+    test = row_numbers("test", test, len(classes))
+    train = row_numbers("train", () if train is None else train, len(classes))
     if not len(test): raise ValueError("no rows to score; expected at least one in test")
     n, (voters, scored) = len(test), _with_class(classes, train, test)
     levels = {f"{way}_r{k}": min(1.0, k / n) for way in ("i2t", "t2i") for k in (1, 5, 10)}
     levels |= {f"{way}_median_rank": (n + 1) / 2 for way in ("i2t", "t2i")}
     if scored: levels["zero_shot"] = 1 / len({*classes} - {None})
     if not (voters and scored): return levels
-    (names,) = _name_numbers(classes)
+    (names,) = same_ids(classes)
     share = float((names[voters][:, None] == names[scored]).mean())
     return levels | dict.fromkeys(("knn_image", "knn_text"), share)
 
@@ -320,8 +280,8 @@ def bootstrap_interval(
     draws: int = 2000,  # resamples
 ) -> tuple[float, float]:  # 95 % interval of the mean
     "What the mean could have been with other test items: resamples items, or whole groups of them."
-    values, draws = finite_numbers("values", values), _count("draws", draws)
-    (group,) = _name_numbers(range(len(values)) if groups is None else groups)
+    values, draws = finite_numbers("values", values), whole_number("draws", draws)
+    (group,) = same_ids(range(len(values)) if groups is None else groups)
     if len(group) != len(values):
         raise ValueError(f"{len(group)} groups for {len(values)} values; expected one each")
     sums, counts = np.bincount(group, values), np.bincount(group)
@@ -349,7 +309,7 @@ def seed_table(
     for column, name in columns.items():
         values = {(r["row"], r["seed"]): float(r[column]) * (1 if "rank" in column else 100)
                   for r in runs if r["dataset"] == "openmoji"
-                  and _as_read(r.get(column)) not in (None, "")}
+                  and as_read(r.get(column)) not in (None, "")}
         seeds = [s for row, s in values if row == "CLIP" and ("KKLIP", s) in values]
         if len(seeds) < 2: continue
         clip, kklip = (np.array([values[row, s] for s in seeds]) for row in ("CLIP", "KKLIP"))

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['cache_dir', 'write_atomically', 'file_hash', 'save_tensors', 'as_array', 'finite_matrix', 'finite_numbers',
-           'same_ids', 'check_found']
+           'whole_number', 'row_numbers', 'booleans', 'as_read', 'same_ids', 'check_found']
 
 # %% ../nbs/appendix/tools.ipynb #a0000004
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -122,18 +123,68 @@ def finite_numbers(
         raise ValueError(f"{name} have shape {array.shape}; expected (n,), n not 0")
     return finite_matrix(name, array[None])[0]
 
+# %% ../nbs/appendix/tools.ipynb #door0010
+def whole_number(
+    name: str,  # what it is, for the error
+    value: Any,
+) -> int:
+    "A whole number of at least 1, also as 5.0 or numpy's; or a ValueError."
+    try:
+        if int(value) == value >= 1: return int(value)
+    except (TypeError, ValueError, OverflowError): pass
+    raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
+
+# %% ../nbs/appendix/tools.ipynb #door0011
+def row_numbers(
+    name: str,  # which rows, for the error
+    rows: Any,  # numbers from 0 to n - 1, or a mask of n booleans
+    n: int,  # rows of the table
+) -> np.ndarray:  # (m,) int64
+    "Rows of a table by number; ValueError for others."
+    found = as_array(rows if hasattr(rows, "__len__") else [*rows])
+    if found.dtype == bool and found.shape == (n,): return np.flatnonzero(found)
+    if found.shape == (0,): return found.astype(np.int64)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"{name} have shape {found.shape} and dtype {found.dtype}; "
+                         f"expected numbers of rows, or {n} booleans")
+    if found.min() < 0 or found.max() >= n:
+        raise ValueError(f"{name} run from {found.min()} to {found.max()}; expected 0 … {n - 1}")
+    return found.astype(np.int64)
+
+# %% ../nbs/appendix/tools.ipynb #door0012
+def booleans(
+    name: str,  # what they are, for the error
+    values: Any,  # of any shape: booleans, or 0 and 1
+) -> np.ndarray:  # the same shape, bool
+    "Booleans from these or from 0 and 1; ValueError for other values, NaN among them."
+    try: array = as_array(values)
+    except ValueError as error: raise ValueError(f"{name}: {error}; expected booleans") from error
+    if array.dtype != bool and not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} holds other values than 0 and 1; expected booleans")
+    return array.astype(bool)
+
 # %% ../nbs/appendix/tools.ipynb #door0007
+def as_read(name: Any) -> Any:
+    "A text composed and with single spaces; a table's NaN or NA as None; others as they are."
+    name = name.item() if hasattr(name, "item") else name  # tensors are equal only to themselves
+    if isinstance(name, str): return " ".join(unicodedata.normalize("NFC", name).split())
+    missing = isinstance(name, float) and name != name or type(name).__name__ == "NAType"
+    return None if missing else name
+
+
 def same_ids(
     *columns: Iterable,  # names, classes or ids: text, numbers, None; arrays and tensors, too
 ) -> list[np.ndarray]:  # an int64 array a column
-    "Equal ids as equal whole numbers, over all columns; compared as Python compares them."
+    "Equal ids as equal numbers over all columns, rising with the ids; compared as Python does."
     numbers: dict = {}
-    def number(one):
-        one = one.item() if hasattr(one, "item") else one  # tensors are equal only to themselves
-        return numbers.setdefault(one, len(numbers))
-    try: return [np.array([*map(number, ids)], dtype=np.int64) for ids in columns]
+    def number(one): return numbers.setdefault(as_read(one), len(numbers))
+    try: ids = [np.array([*map(number, column)], dtype=np.int64) for column in columns]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"ids cannot be compared ({error}); expected text or numbers") from error
+    try: order = sorted(numbers)
+    except TypeError: order = sorted(numbers, key=repr)  # None beside text
+    rank = np.argsort([numbers[one] for one in order])
+    return [rank[column] for column in ids]
 
 # %% ../nbs/appendix/tools.ipynb #a0000020
 def check_found(

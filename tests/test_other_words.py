@@ -380,10 +380,10 @@ def test_features_and_right_answers_may_come_in_any_form(form, rng):
 
 def test_rows_and_features_that_are_not_there_are_named(rng):
     q, c, queries = rng.normal(size=(4, 5)), rng.normal(size=(6, 5)), Queries(list("abcd"), np.eye(4, 6, dtype=bool))
-    for rows, candidates, said in (([4], [0], r"rows=\[4\].*0 to 3"), ([0], [6], r"candidates=\[6\].*0 to 5"), ([0.0], [0], "rows="), ([], [0], "no query")):
+    for rows, candidates, said in (([4], [0], "rows run from 4 to 4; expected 0 … 3"), ([0], [6], "candidates run from 6.*0 … 5"), ([0.0], [0], "rows have .*float64"), ([], [0], "no query")):
         with pytest.raises(ValueError, match=said): other_words_scores(q, c, queries, rows, candidates, ())
     with pytest.raises(ValueError, match=r"3 query features, 6 candidate features; expected \(4, 6\)"): other_words_scores(q[:3], c, queries, [0], [0], ())
-    with pytest.raises(ValueError, match=r"candidates=\[9\]"): ranked_pictures(q, c, [9])
+    with pytest.raises(ValueError, match="candidates run from 9"): ranked_pictures(q, c, [9])
     with pytest.raises(ValueError, match="a right answer in each row"): chance_scores(np.zeros((2, 3)))
     with pytest.raises(ValueError, match="right holds other values"): score_queries(q, c, np.full((4, 6), NAN))
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from kklip_nb.tools import as_array, cache_dir, check_found, file_hash, finite_matrix, finite_numbers, same_ids, save_tensors, write_atomically
+from kklip_nb.tools import (as_array, booleans, cache_dir, check_found, file_hash, finite_matrix, finite_numbers, row_numbers, same_ids, save_tensors, whole_number,
+                            write_atomically)
 
 ROWS = [[0.5, -1.25], [2.0, 0.125], [4.0, 8.0]]  # exact in every precision
 FORMS = {
@@ -49,16 +50,43 @@ def test_a_row_of_numbers_takes_whole_numbers_and_hits():
 
 
 def test_names_stay_apart_that_a_text_array_would_join():
-    (ids,) = same_ids(["a", "a\0", "b", "a", "", "\0", None, "1", 1])
-    assert ids.dtype == np.int64 and ids.tolist() == [0, 1, 2, 0, 3, 4, 5, 6, 7]
+    names = ["a", "a\0", "b", "a", "", "\0", None, "1", 1]
+    (ids,) = same_ids(names)
+    assert ids.dtype == np.int64
+    assert ((ids[:, None] == ids) == [[type(a) is type(b) and a == b for a in names] for b in names]).all()
+    assert same_ids(["b", "a", "c", "a"], ["d", "B"])[0].tolist() == [2, 1, 3, 1]  # in order: B a b c d
     left, right = same_ids(["x", "y"], ["y", "z", "x"])
     assert (left[:, None] == right).tolist() == [[False, False, True], [True, False, False]]
+
+
+def test_names_that_read_the_same_are_one():
+    names = ["caf\u00e9", "cafe\u0301", "caf\u00e9\u00a0", "cafe", "two  words", "two words", float("nan"), None]
+    assert same_ids(names)[0][[0, 1, 2]].tolist() == [same_ids(names)[0][0]] * 3
+    assert len(set(same_ids(names)[0].tolist())) == 4
+
+
+def test_rows_by_number_or_by_mask():
+    for rows in ([0, 2], (0, 2), np.array([True, False, True]), [True, False, True], torch.tensor([0, 2]), iter([0, 2]), np.array([0, 2], np.uint8), range(0, 3, 2)):
+        found = row_numbers("train", rows, 3)
+        assert found.dtype == np.int64 and found.tolist() == [0, 2]
+    assert row_numbers("train", [], 3).shape == (0,) and row_numbers("train", np.array([1, 0, 1]), 3).tolist() == [1, 0, 1]
+    for wrong, says in (([3], "run from 3 to 3"), ([-1], "run from -1"), ([0.0], "float64"), ([True], "bool"), ([[0]], "shape"), (["a"], "dtype")):
+        with pytest.raises(ValueError, match=f"train.*{says}"): row_numbers("train", wrong, 3)
+
+
+def test_booleans_and_whole_numbers():
+    np.testing.assert_array_equal(booleans("right", [[0, 1.0], [True, 0]]), [[False, True], [True, False]])
+    for wrong in ([0.5], [np.nan], ["a"], [[1], [1, 0]]):
+        with pytest.raises(ValueError, match="right.*booleans"): booleans("right", wrong)
+    assert [whole_number("k", k) for k in (1, 5.0, np.int64(3), torch.tensor(2))] == [1, 5, 3, 2]
+    for wrong in (0, -1, 2.5, None, "a", np.inf, np.nan):
+        with pytest.raises(ValueError, match="k=.*at least 1"): whole_number("k", wrong)
 
 
 def test_names_may_be_arrays_and_tensors():
     found = same_ids(torch.tensor([3, 4, 3]), np.array([4, 5]), [np.int64(3), torch.tensor(5)], iter([5]))
     assert [f.tolist() for f in found] == [[0, 1, 0], [1, 2], [0, 2], [2]]
-    assert [f.tolist() for f in same_ids(np.array(["é", "a"]), ["a"], [])] == [[0, 1], [1], []]
+    assert [f.tolist() for f in same_ids(np.array(["é", "a"]), ["a"], [])] == [[1, 0], [0], []]
     for wrong in ([["a"]], torch.ones(2, 2)):
         with pytest.raises(ValueError, match="ids.*expected text or numbers"): same_ids(wrong)
 

@@ -79,6 +79,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KKLIP_CACHE", str(folder / "cache"))
         patch.setattr(training, "tokenize", lambda student, texts: tokens_of(texts))
+        patch.setattr(student_module, "_PIECES", VOCABULARY)  # of that toy tokeniser
         yield folder
 
 

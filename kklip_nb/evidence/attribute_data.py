@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation import _count
 from ..own_pairs import read_image
 from ..student import Towers, prepare_images
+from ..tools import whole_number
 
 # %% ../../nbs/evidence/09_attribute_data.ipynb #b841a940
 class AttributeData(NamedTuple):
@@ -236,7 +236,7 @@ def file_features(
     batch_size: int = 64,  # files at once
 ) -> torch.Tensor:  # (n, d) image features, not normalised
     "Image features of files, without holding all pictures in memory."
-    images, batch_size = [*images], _count("batch_size", batch_size)
+    images, batch_size = [*images], whole_number("batch_size", batch_size)
     if not images: raise ValueError("no images; expected at least one file")
     student.eval()
     device = next(student.parameters(), torch.empty(0)).device

@@ -22,10 +22,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from ..data import Pairs, fold_caption
-from ..evaluation import _as_read, _count, _name_numbers, _row_numbers
 from .scenes import (COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES,
                                       VERBS, Scene)
-from ..tools import as_array, finite_matrix
+from ..tools import (as_array, as_read, finite_matrix, row_numbers, same_ids,
+                            whole_number)
 
 # %% ../../nbs/evidence/03_attributes.ipynb #7af84121
 def _numbers(name: str, values: Any) -> np.ndarray:
@@ -117,7 +117,7 @@ def _weighted_precisions(
 # %% ../../nbs/evidence/03_attributes.ipynb #a3000002
 def _group_draws(groups: Sequence, seed: int, draws: int) -> np.ndarray:
     "(draws, n) how often each draw has each of n images: groups are drawn as a whole."
-    (group,) = _name_numbers(groups)
+    (group,) = same_ids(groups)
     count = group.max() + 1
     picks = np.random.default_rng(seed).integers(count, size=(draws, count))
     return np.stack([np.bincount(p, minlength=count) for p in picks])[:, group]
@@ -152,7 +152,7 @@ def map_interval(
     usable = np.flatnonzero(np.logical_and.reduce(judged))
     if not len(usable):
         raise ValueError(f"none of {scores.shape[1]} attributes has scores, a positive, a negative")
-    weights = _group_draws(groups, seed, _count("draws", draws))
+    weights = _group_draws(groups, seed, whole_number("draws", draws))
     values, *others = (_drawn_maps(s, truth, weights, usable) for s in models)
     if others: values = values - others[0]
     low, high = np.percentile(values, [2.5, 97.5])
@@ -168,7 +168,7 @@ def colour_shares(
     step: int = 4,  # distance between the pixels that are read
 ) -> np.ndarray:  # (n, 8) share of the picture that has each of COLOUR_NAMES
     "Colours by hue; dark orange is brown, pale bright red is pink; black, white and grey are none."
-    images, step = as_array(images), _count("step", step)
+    images, step = as_array(images), whole_number("step", step)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 (n, h, w, 3)")
     hue, saturation, value = np.moveaxis(rgb_to_hsv(images[:, ::step, ::step] / 255.0), -1, 0)
@@ -207,8 +207,8 @@ def openmoji_attributes(
 ) -> Attributes:  # families category, subcategory, word, colour
     "Attributes of the drawings: Unicode's classes, frequent words, measured dominant colours."
     words = [set(re.findall(r"[^\W\d_]{3,}", fold_caption(c))) for c in pairs.captions]
-    train = _row_numbers("train", train, len(words))
-    classes, subclasses = ([*map(_as_read, c)] for c in (pairs.categories, pairs.subcategories))
+    train = row_numbers("train", train, len(words))
+    classes, subclasses = ([*map(as_read, c)] for c in (pairs.categories, pairs.subcategories))
     rows = Counter(subclasses[i] for i in train)
     spread = Counter(w for _, w in {(pairs.bases[i], w) for i in train for w in words[i]})
     frequent = {c for c, n in rows.items() if c and n >= 12}
@@ -272,7 +272,7 @@ def map_by_family(
 ) -> dict[str, MeanAP]:  # a family each, then 'all'
     "mAP of each family of attributes; a family with nothing to score is missing from the result."
     scores, truth = _numbers("scores", scores), _numbers("attributes", attributes.values)
-    if rows is not None: truth = truth[_row_numbers("rows", rows, len(truth))]
+    if rows is not None: truth = truth[row_numbers("rows", rows, len(truth))]
     if scores.shape != truth.shape:
         raise ValueError(f"scores have shape {scores.shape}; expected {truth.shape}: n rows, "
                          "and a column an attribute")

@@ -24,10 +24,9 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.preprocessing import normalize
 
 from ..data import Pairs, fold_caption, openmoji_table, singulars
-from ..evaluation import (_booleans, _name_numbers, _row_numbers, first_place, hits_at_k,
-                                 seed_interval)
+from ..evaluation import first_place, hits_at_k, seed_interval
 from .attributes import average_precisions, chance_precision
-from ..tools import as_array, finite_matrix
+from ..tools import as_array, booleans, finite_matrix, row_numbers, same_ids
 
 # %% ../../nbs/evidence/05_other_words.ipynb #ow1294e4
 _KEYWORDS = re.compile(r"(\S+) .*?(?: <small>\((.*)\)</small>)?")  # emoji, name, keywords or none
@@ -126,7 +125,7 @@ def split_queries(
     seed: int = 0,  # same seed, same parts
 ) -> tuple[np.ndarray, np.ndarray]:  # rows of validation and of test, each ascending
     "About 35 % for validation; queries that share a picture, directly or by others, stay together."
-    right = csr_array(_booleans("right", queries.right).astype(np.int32))
+    right = csr_array(booleans("right", queries.right).astype(np.int32))
     count, group = connected_components(right @ right.T, directed=False)
     order = np.random.default_rng(seed).permutation(count)
     chosen = order[np.cumsum(np.bincount(group)[order]) <= 0.35 * len(group)]
@@ -155,7 +154,7 @@ def score_queries(
 ) -> dict[str, np.ndarray]:  # ap, r1, r5 (0 … 1) and rank (from 1): (q,) each
     "Average precision, hits and the first right candidate's place, query by query; ties are fair."
     similarities = _cosines(query_features, candidate_features)
-    right = _booleans("right", right)
+    right = booleans("right", right)
     scores = _hits_and_rank(similarities, right)
     precisions = average_precisions(similarities.T, right.T)  # NaN where all are right
     return {"ap": np.nan_to_num(precisions, nan=1.0)} | scores
@@ -165,7 +164,7 @@ def chance_scores(
     right: np.ndarray,  # (q, m) booleans, at least one right candidate per query
 ) -> dict[str, np.ndarray]:  # the keys of score_queries
     "What a random order of the candidates gives on average, query by query."
-    right = _booleans("right", right)
+    right = booleans("right", right)
     if right.ndim != 2 or not right.any(1).all():
         raise ValueError(f"right {right.shape}; expected (q, m), and a right answer in each row")
     precisions = [chance_precision(int(positives), right.shape[1]) for positives in right.sum(1)]
@@ -179,7 +178,7 @@ def score_lines(
 ) -> list[dict]:  # up to three lines with asked ('yes', 'no', 'all'), ap, r1, r5, median_rank, n
     "Means and median rank over the queries, of each kind and all; an empty kind has no line."
     scores = {k: as_array(v) for k, v in scores.items()}
-    told = np.isin(*_name_numbers(words, asked))
+    told = np.isin(*same_ids(words, asked))
     if {len(v) for v in scores.values()} != {len(told)}:
         raise ValueError(f"{len(told)} words for {[*map(len, scores.values())]} scores; "
                          "expected one of each a query")
@@ -201,12 +200,12 @@ def other_words_scores(
 ) -> list[dict]:  # the lines of score_lines
     "Scores of one encoder on some queries and pictures; a query without a right one is dropped."
     asking, searched = as_array(query_features), as_array(candidate_features)
-    right = _booleans("right", queries.right)
+    right = booleans("right", queries.right)
     if right.shape != (len(asking), len(searched)):
         raise ValueError(f"{len(asking)} query features, {len(searched)} candidate features; "
                          f"expected {right.shape}, one a query and one a picture")
-    rows = _row_numbers("rows", rows, len(asking))
-    candidates = _row_numbers("candidates", candidates, len(searched))
+    rows = row_numbers("rows", rows, len(asking))
+    candidates = row_numbers("candidates", candidates, len(searched))
     right = right[np.ix_(rows, candidates)]
     rows, right = rows[right.any(1)], right[right.any(1)]
     if not len(rows):
@@ -252,7 +251,7 @@ def ranked_pictures(
 ) -> np.ndarray:  # (q, m) rows of pictures, the most similar first
     "What an encoder finds for each query, in order; equals stay in the order of the candidates."
     searched = as_array(candidate_features)
-    candidates = _row_numbers("candidates", candidates, len(searched))
+    candidates = row_numbers("candidates", candidates, len(searched))
     similarities = _cosines(query_features, searched[candidates])
     return candidates[np.argsort(-similarities, axis=1, kind="stable")]
 
@@ -293,7 +292,7 @@ def plot_queries(
     counts = [len(words), len(right), *map(len, found.values())]
     if len(set(counts)) > 1:
         raise ValueError(f"{counts} rows of words, right and found; expected as many of each")
-    right = _booleans("right", right)
+    right = booleans("right", right)
     if not (len(words) and found and right.any(1).all()):
         raise ValueError("expected a query, a student, and a right picture for each query")
     starts, tops = 5.2 + 7.0 * np.arange(len(found)), 1.15 * np.arange(len(words))
