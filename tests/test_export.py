@@ -351,3 +351,12 @@ def test_an_export_is_judged_pair_by_pair(tmp_path, monkeypatch, rng):
 class Captions(list):
     "A tokeniser's result that may be sent to a device."
     def to(self, device): return self
+
+
+def test_a_run_s_evaluation_hands_its_numbers_on(run, monkeypatch):
+    asked, trained_on = [], {*json.loads((run / "run.json").read_text())["trained_on"].values()}
+    monkeypatch.setattr(export, "evaluate_export", lambda *args, **how: asked.append((args, how)) or ({"i2t_r1": 0.5}, 7))
+    assert export.evaluate_run(run, ["0.tar"], "name", 9, "cuda") == {"i2t_r1": 0.5}
+    assert asked == [((run / "model", ["0.tar"], 9), dict(device="cuda", trained_on=trained_on))] and len(trained_on) == 2
+    assert json.loads((run / "results.json").read_text()) == dict(pairs=7, data="name", scores={"i2t_r1": 0.5})
+    assert "On 7 pairs of name; recall in %, guessing gives 14.29 at 1." in (run / "model" / "README.md").read_text()
