@@ -133,10 +133,9 @@ def plot_found(
     "What each student finds: a row a query, a block a student, the best at the left."
     queries, left = [queries] if isinstance(queries, str) else list(queries), 2.0
     images, captions = _pictures(images), list(captions)
-    shown = min(len(images), len(captions))
-    found = {name: _finds(rows, len(queries), shown) for name, rows in found.items()}
-    texts = {name: _under(rows, captions, scores and scores.get(name, ()))
-             for name, rows in found.items()}
+    size = len(queries), min(len(images), len(captions))
+    found = {name: _finds(rows, *size) for name, rows in found.items()}
+    texts = {s: _under(rows, captions, scores and scores.get(s, ())) for s, rows in found.items()}
     right = _right_ones(right, (len(queries), len(images)))
     figure, ax = plt.subplots(layout="constrained")
     for y, query in enumerate(queries):
