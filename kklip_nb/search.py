@@ -85,6 +85,12 @@ def _write(ax: plt.Axes, x: float, y: float, text: str, size: int, width: int = 
     text = textwrap.fill(plain_text(text), width, max_lines=3, placeholder="…")
     ax.text(x, y, text, fontsize=size, parse_math=False, **how)
 
+def _right_ones(right: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
+    "Which pictures are right for which query, none where that is not known."
+    right = np.zeros(shape) if right is None else as_array(right)
+    if right.shape == shape: return right
+    raise ValueError(f"right has shape {right.shape}; expected {shape}")
+
 # %% ../nbs/09_search.ipynb #5ea00081
 def _draw_finds(ax: plt.Axes, left: float, rows: np.ndarray, images, texts, right) -> None:
     "One student's block: a row a query, the best at the left; texts[query, place] below each."
@@ -127,13 +133,10 @@ def plot_found(
     "What each student finds: a row a query, a block a student, the best at the left."
     queries, left = [queries] if isinstance(queries, str) else list(queries), 2.0
     images, captions = _pictures(images), list(captions)
-    shown = min(len(images), len(captions))
-    found = {name: _finds(rows, len(queries), shown) for name, rows in found.items()}
-    texts = {name: _under(rows, captions, scores and scores.get(name, ()))
-             for name, rows in found.items()}
-    right = np.zeros((len(queries), len(images))) if right is None else as_array(right)
-    if right.shape != (len(queries), len(images)):
-        raise ValueError(f"right has shape {right.shape}; expected ({len(queries)}, {len(images)})")
+    size = len(queries), min(len(images), len(captions))
+    found = {name: _finds(rows, *size) for name, rows in found.items()}
+    texts = {s: _under(rows, captions, scores and scores.get(s, ())) for s, rows in found.items()}
+    right = _right_ones(right, (len(queries), len(images)))
     figure, ax = plt.subplots(layout="constrained")
     for y, query in enumerate(queries):
         _write(ax, 1.8, 1.5 * y + 0.5, query, 8, 16, ha="right", va="center", weight="bold")

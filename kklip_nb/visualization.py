@@ -345,6 +345,16 @@ def _uri(image: np.ndarray) -> str:
     small.save(file := io.BytesIO(), "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
+def _html(text: Any) -> str: return html.escape(plain_text(text))
+
+def _card(concept: int, name: str, pictures: Any, captions: Sequence[str]) -> str:
+    "What a click on a concept shows."
+    pictures = _pictures(pictures)
+    _as_many("pictures on a card", len(pictures), dict(captions=captions))
+    shown = zip(map(_uri, pictures), map(_html, captions))
+    figures = "".join(f'<figure><img src="{uri}">{word}</figure>' for uri, word in shown)
+    return f'<div class="card c{concept}"><b>{_html(name)}</b><br>{figures}</div>'
+
 # %% ../nbs/08_visualization.ipynb #click-03
 #| echo: false
 def click_map(
@@ -366,14 +376,9 @@ def click_map(
         if has_room: look += f";background-image:url({_uri(images[i])})"
         kind = f"c{labels[i]} {'pic' if has_room else 'dot'}"
         parts.append(f'<input type="radio" name="kklip" class="{kind}" style="{look}" '
-                     f'data-row="{i}" title="{html.escape(plain_text(captions[i]))}">')
-    for c, (name, pictures, words) in zip(_ids(cards, name="concepts of cards"), cards.values()):
-        pictures, words = _pictures(pictures), [html.escape(plain_text(word)) for word in words]
-        _as_many("pictures on a card", len(pictures), dict(captions=words))
-        shown = zip(map(_uri, pictures), words)
-        figures = "".join(f'<figure><img src="{uri}">{word}</figure>' for uri, word in shown)
-        name = html.escape(plain_text(name))
-        parts.append(f'<div class="card c{c}"><b>{name}</b><br>{figures}</div>')
+                     f'data-row="{i}" title="{_html(captions[i])}">')
+    for c, card in zip(_ids(cards, name="concepts of cards"), cards.values()):
+        parts.append(_card(c, *card))
         rules.append(f".kklip-map input.c{c}:checked ~ .card.c{c} {{display: block}}")
         rules.append(f".kklip-map:has(.c{c}:checked) input.c{c} {{outline: 1px solid black}}")
     style = _STYLE + "\n".join(rules)
