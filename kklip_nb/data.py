@@ -81,7 +81,8 @@ def _emoji_classes() -> dict[str, dict[str, str]]:
     return {r["unified"].replace("-FE0F", ""): {k: r[k] for k in keys} for r in rows}
 
 # %% ../nbs/00_data.ipynb #ad1edd88
-_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+                        "\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 def fold_caption(
     text: str,  # a caption, a base concept or a word

@@ -190,8 +190,8 @@ def cached_embeddings(
     starts = range(0, len(captions), chunk)
     for row in tqdm(starts, desc=f"teacher, {chunk} captions a step", disable=not progress):
         batch = captions[row:row + chunk]  # another caption, teacher or setting gives another file
-        name = captions_hash([*batch, json.dumps(how, sort_keys=True, default=int)])[:24] + ".safetensors"
-        path = cache_dir() / "embeddings" / name
+        key = captions_hash([*batch, json.dumps(how, sort_keys=True, default=int)])[:24]
+        path = cache_dir() / "embeddings" / f"{key}.safetensors"
         if not path.exists():
             teacher = teacher or get_teacher()
             vectors = embed_captions(teacher, batch, pooling, layer, prompt)
