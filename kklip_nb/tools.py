@@ -141,7 +141,7 @@ def row_numbers(
     n: int,  # rows of the table
 ) -> np.ndarray:  # (m,) int64
     "Rows of a table by number; ValueError for others."
-    found = as_array(rows if hasattr(rows, "__len__") else [*rows])
+    found = as_array([*rows] if hasattr(rows, "__next__") else rows)
     if found.dtype == bool and found.shape == (n,): return np.flatnonzero(found)
     if found.shape == (0,): return found.astype(np.int64)
     if found.ndim != 1 or found.dtype.kind not in "iu":

@@ -44,12 +44,13 @@ class Material(NamedTuple):
     word_table: WordTable  # start of the student's token embedding
 
 # %% ../nbs/06_training.ipynb #d0070001
-def _train_rows(rows: Any, n: int) -> np.ndarray:
-    "Rows of the training split: at least one, each once."
-    found = row_numbers("training rows", rows, n)
-    if not 0 < len(found) == len(np.unique(found)):
-        raise ValueError(f"{len(found)} training rows, {len(np.unique(found))} of them different; "
-                         "expected at least one, each once")
+def _rows(rows: Any, n: int, once: bool = False) -> np.ndarray:
+    "Row numbers, at least one; of a training split each once."
+    found = row_numbers("rows", rows, n)
+    if not found.size: raise ValueError("no rows; expected at least one")
+    if once and len(np.unique(found)) < len(found):
+        raise ValueError(f"{len(found)} rows, {len(np.unique(found))} of them different; "
+                         "expected each training row once")
     return found
 
 
@@ -100,7 +101,7 @@ def make_targets(
 ) -> tuple[np.ndarray, Concepts, np.ndarray]:  # targets (n, d), concepts, soft labels (n, k)
     "Standardised embeddings, the concepts of the training captions, and every pair's soft label."
     embeddings = _vectors("embeddings", embeddings)
-    train = _train_rows(train, len(embeddings))
+    train = _rows(train, len(embeddings), once=True)
     targets = apply_scale(embeddings, fit_scale([embeddings[train]], recipe.normalise))
     concepts = fit_concepts(targets[train], recipe.k, recipe.seed)
     return targets, concepts, soft_labels(targets, concepts.centroids, recipe.temperature)
@@ -126,7 +127,7 @@ def batch_of(
     rows: Sequence[int] | np.ndarray,  # which pairs
 ) -> Inputs | Texts:  # tokens cut to the longest of these captions
     "The inputs of these rows alone."
-    rows = row_numbers("rows", rows, len(inputs.tokens))
+    rows = _rows(rows, len(inputs.tokens))
     index = torch.from_numpy(rows)
     columns = (x[index] if isinstance(x, torch.Tensor) else [x[i] for i in rows] for x in inputs)
     batch = type(inputs)(*columns)
@@ -261,7 +262,7 @@ def first_texts(
     recipe: Recipe,
 ) -> Texts:  # the words, then the training captions
     "What the first stage reads; the words are scaled as the training captions are."
-    rows = _train_rows(train_rows, len(inputs.tokens))
+    rows = _rows(train_rows, len(inputs.tokens), once=True)
     own = Texts(inputs.tokens[rows], inputs.targets[rows])
     if not (words := _check_words(material)): return own
     embeddings = _vectors("embeddings", material.embeddings)
@@ -334,7 +335,7 @@ def run_key(
 
     The pictures are left out, for another version of the drawing library may round a pixel
     otherwise, and a table of results should still find its runs."""
-    read = [_halved(material.embeddings), row_numbers("rows", train, len(material.embeddings))]
+    read = [_halved(material.embeddings), _rows(train, len(material.embeddings))]
     if recipe.first_steps: read.append(_halved(material.word_embeddings))
     table = material.word_table
     if recipe.word_table: read += [table.ids, _halved(table.vectors)]
@@ -580,7 +581,7 @@ def run_recipe(
     device: torch.device | str = "cpu",  # where the student trains and stays
 ) -> Run:  # its features on the CPU
     "From captions and embeddings to a trained student: every step of the course in order."
-    train_rows = _train_rows(train_rows, len(material.embeddings))
+    train_rows = _rows(train_rows, len(material.embeddings), once=True)
     if recipe.first_steps: _check_words(material)
     if recipe.word_table and material.word_table is None:
         raise ValueError("word_table=True, but the material has none; expected word_table=False")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
+from kklip_nb import student as student_module
 from kklip_nb import training
 from kklip_nb.data import Pairs, caption_batches
 from kklip_nb.recipe import Recipe
