@@ -160,7 +160,7 @@ def _positions(teacher: Teacher) -> float:
     skipped = [m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
     return min(limit - max(skipped, default=0), teacher.tokenizer.model_max_length)  # RoBERTa
 
-
+# %% ../nbs/appendix/own_teacher.ipynb #ot000034-1
 def _token_ids(teacher: Teacher, texts: list[str], **how: Any) -> list[list[int]]:
     "The tokens of each text; a ValueError names one with a token or a position beyond a table."
     ids, known = teacher.tokenizer(texts, **how)["input_ids"], teacher.model.get_input_embeddings()

@@ -44,6 +44,7 @@ class Material(NamedTuple):
     word_table: WordTable  # start of the student's token embedding
 
 # %% ../nbs/06_training.ipynb #d0070001
+#| echo: false
 def _rows(rows: Any, n: int, once: bool = False) -> np.ndarray:
     "Row numbers, at least one; of a training split each once."
     found = row_numbers("rows", rows, n)

@@ -20,6 +20,7 @@ import traceback
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,7 +87,7 @@ def hub_pairs(
     for i, row in enumerate(rows):
         _check_columns(name, [row], image_column, caption_column)
         if row[image_column] is None:
-            raise ValueError(f"row {i} of {name} has no picture in {image_column!r}; drop such rows")
+            raise ValueError(f"row {i} of {name}: no picture in {image_column!r}; drop such rows")
         yield row[image_column], _text(name, i, row, caption_column)
 
 # %% ../../nbs/scale/09_command_line.ipynb #bc2d5ea8
@@ -136,10 +137,7 @@ class Embed:
     max_skipped: float = 0.01  # share of a shard's samples that may be unusable
 
     def __call__(self, recipe: Any) -> None:
-        from functools import partial
-
         import torch
-
         from kklip_nb.scale.distributed import _places
         from kklip_nb.scale.embeddings import embed_shards
         from kklip_nb.teacher import embed_captions, load_teacher
@@ -334,7 +332,7 @@ def _none(argv: Sequence[str], *kinds: type) -> list[str]:
         args.append("None" if arg == "none" and known(before) else arg)
     return args
 
-
+# %% ../../nbs/scale/09_command_line.ipynb #9e100002-1
 def parse(
     name: str,  # of the command
     argv: Sequence[str],  # its arguments

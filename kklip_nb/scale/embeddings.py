@@ -44,7 +44,7 @@ def _as_rows(vectors: Any) -> np.ndarray:
         vectors = as_array(vectors).astype(np.float64)
     return finite_matrix("embeddings", vectors)
 
-
+# %% ../../nbs/scale/02_embeddings.ipynb #0849563e-1
 def embed_shard(
     url: str,  # a shard
     path: str | Path,  # its sidecar, made whole or not at all
@@ -105,7 +105,7 @@ def _check_header(meta: dict[str, str], shape: list[int], dtype: str) -> list[st
     if len(set(keys)) < len(keys): raise ValueError("a key occurs twice")
     return keys
 
-
+# %% ../../nbs/scale/02_embeddings.ipynb #36ec5647-1
 def open_sidecar(
     path: str | Path,  # what embed_shard wrote
 ) -> Sidecar:

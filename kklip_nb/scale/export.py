@@ -214,7 +214,7 @@ def _load_export(folder: Path) -> tuple[Any, Any, Any]:
         raise ValueError(f"the model in {folder} is damaged ({error}); "
                          "run kklip export") from error
 
-
+# %% ../../nbs/scale/07_export.ipynb #9849d943-1
 @torch.inference_mode()
 def evaluate_export(
     folder: str | Path,  # what export_model wrote

@@ -182,7 +182,7 @@ def check_limits(
     if limit < 2: raise ValueError(f"limit={limit}; expected at least 2 pairs")
     if batch_size < 1: raise ValueError(f"batch_size={batch_size}; expected at least 1")
 
-
+# %% ../../nbs/scale/06_long_run.ipynb #f0185777-1
 @torch.no_grad()
 def evaluate_shards(
     student: Student,  # left in training mode
@@ -240,7 +240,7 @@ class Settings:
 # %% ../../nbs/scale/06_long_run.ipynb #cacfeab8
 MAX_SKIPPED = 10  # steps in a row
 
-
+# %% ../../nbs/scale/06_long_run.ipynb #cacfeab8-1
 def run_steps(
     step_on: Callable[..., dict[str, float]],  # global_step, but for micro-batches and lr
     batches: Iterator[list[Part]],  # from read_steps

@@ -140,14 +140,13 @@ def write_shards(
             first = len(paths) * per_shard
             images, captions = zip(*itertools.starmap(_unpack, enumerate(batch, first)))
             described = [_describe(len(paths), i, c, size) for i, c in enumerate(captions)]
-            given = dict(described=described, images=images, size=size, first=first)
+            write = partial(_write_tar, images=images, size=size, first=first)
             if path.exists(): _check_described(path, described)
-            else: write_atomically(path, partial(_write_tar, **given))
+            else: write_atomically(path, partial(write, described=described))
             paths.append(path)
             bar.update(len(batch))
     if other := sorted(set(_tars_in(folder)) - set(paths)):
-        raise ValueError(f"{folder} holds other shards, such as {other[0].name}; "
-                         "give an empty folder")
+        raise ValueError(f"{folder} holds other shards ({other[0].name}); give an empty folder")
     if not paths: raise ValueError("no pairs: expected at least one (image, caption)")
     return paths
 
