@@ -116,13 +116,26 @@ def test_rarity_counts_concepts_and_not_captions():
     assert concept_names([*many, "oak"], [0] * 5 + [1, 2], words=1)[0] == "fir"
 
 
-@pytest.mark.parametrize("distances, want", [(None, "bus"), ([1, 9, 9], "ash"), ([9, 1, 1], "bus"), ([1, 2, 2], "bus"), ([1, 2, 3], "bus"), ([5, 5, 5], "bus")])
-def test_places_weigh_a_third_a_quarter_a_fifth(distances, want):
-    "1/3 against 1/4 + 1/4, or 1/4 + 1/5, and so never the nearest alone; but ash is in one concept and bus in two."
-    captions, rest = ["ash", "bus", "bus"], ["oak", "fir"]
-    if want == "ash": captions = ["ash", "ivy", "elm"]
-    given_ = None if distances is None else [*distances, 1, 1]
-    assert concept_names([*captions, *rest], [0, 0, 0, 1, 1], words=1, distances=given_)[0] == want
+@pytest.mark.parametrize("captions, distances, want", [
+    (["ash", "elm", "bus", "bus"], [1, 2, 3, 4], "bus"),  # 1/5 + 1/6 beat 1/3
+    (["ash", "elm", "fir", "bus", "bus"], [1, 2, 3, 4, 5], "ash"),  # 1/6 + 1/7 do not
+    (["bus", "bus", "fir", "elm", "ash"], [5, 4, 3, 2, 1], "ash"),
+    (["ash", "ash", "bus", "bus", "bus"], [7, 7, 7, 7, 7], "bus"),  # as far is as good, whatever comes first
+    (["ash", "elm", "bus", "bus"], None, "bus")])
+def test_the_nearest_caption_weighs_a_third_the_next_a_quarter(captions, distances, want):
+    others = ["oak", "oak", "oak"]  # nearer than all, but of another concept
+    given_ = None if distances is None else [*distances, 0, 0, 0]
+    assert concept_names([*captions, *others], [0] * len(captions) + [1] * 3, words=1, distances=given_)[0] == want
+
+
+@pytest.mark.parametrize("captions, want", [
+    (["clock", "clock", "clock", "rose", "lily"], "clock"),  # more than half
+    (["clock", "clock", "rose", "lily", "ivy"], "clock, ivy"),
+    (["kiss", "kiss", "kissing dog", "kissing cat", "rose"], "kiss"), (["cat", "cat", "cattle", "cattle", "rose"], "cat"),  # kin is named, too
+    (["ox", "ox", "oxen", "oxen", "rose"], "ox, oxen"),  # two letters make no kin
+    (["fire engine", "fire door", "fire"], "fire"), (["last call", "call box", "call"], "call")])  # scikit-learn's stop words, but they name something
+def test_a_second_word_only_for_half_of_the_captions_and_never_of_the_same_kin(captions, want):
+    assert concept_names([*captions, "bus"], [0] * len(captions) + [1])[0] == want
 
 
 @pytest.mark.parametrize("text, same", [("ＤＯＧ house", "dog house"), ("ﾈｺ", "ネコ"), ("ﾊﾞｽ", "バス"), ("ca\u00adt", "cat"), ("do\u200bg", "dog"), ("cafe\u0301", "café"), ("A\u030angstro\u0308m", "ångström"), ("STRAẞE", "straße")])
@@ -473,13 +486,19 @@ def test_every_picture_is_a_marker_inside_the_axes(images, rng):
         np.testing.assert_array_equal(box.offsetbox.get_data()[..., :3], image)
 
 
+def test_a_map_of_pictures_has_a_tenth_of_room_around_it(images):
+    ax = plot_images([[0, 0], [1, 10]], images[:2], plt.figure().gca())
+    assert (*ax.get_xlim(), *ax.get_ylim()) == pytest.approx((-0.1, 1.1, -1, 11))
+    assert [b.offsetbox.get_zoom() for b in ax.artists if isinstance(b, AnnotationBbox)] == [0.15, 0.15]
+
+
 def test_white_is_transparent_and_a_given_fourth_channel_stays(images):
-    images[:, 0], images[:, 1] = 255, 120
+    images[:, 0], images[:, 1], images[:, 2], images[:, 3] = 255, 120, (255, 255, 0), 245  # neither yellow nor nearly white is white
     given = np.concatenate([images, np.full_like(images[..., :1], 77)], -1)
     points = np.stack([np.arange(7)] * 2, 1)
     for pictures, white in ((images, 0), (given, 77)):
         boxes = [a for a in plot_images(points, pictures, ax=plt.figure().gca()).artists if isinstance(a, AnnotationBbox)]
-        for box in boxes: assert (box.offsetbox.get_data()[0, :, 3] == white).all() and (box.offsetbox.get_data()[1, :, 3] == (255 if white == 0 else 77)).all()
+        for box in boxes: assert (box.offsetbox.get_data()[0, :, 3] == white).all() and (box.offsetbox.get_data()[1:4, :, 3] == (255 if white == 0 else 77)).all()
 
 
 @given(seed=st.integers(0, 9999), zoom=st.sampled_from([1.0, 4.0, 9.0]))
@@ -608,6 +627,10 @@ def test_the_similarity_matrix_is_shown_as_it_is(rng):
     assert low < high  # bright is similar
     for wrong, said in ((np.full((1, 2), np.nan), "NaN"), ([[1.0], [1.0, 2.0]], "one length"), (np.zeros((0, 2)), "shape")):
         with pytest.raises(ValueError, match=f"similarities.*{said}"): plot_similarities(wrong, "ab")
+
+
+def test_of_two_concepts_with_one_look_the_larger_is_shown():
+    assert distinct_concepts([0, 0, 64, 64, 64, 1]) == [64, 1] and distinct_concepts([0, 0, 0, 64, 64, 1]) == [0, 1]
 
 
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=80), seed=st.integers(0, 9))
