@@ -18,7 +18,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from threadpoolctl import threadpool_limits
 
 from .teacher import standardise
-from .tools import as_array, finite_matrix, same_ids
+from .tools import as_array, as_read, finite_matrix, same_ids
 
 # %% ../nbs/02_concepts.ipynb #b5ca1e01
 class Scale(NamedTuple):
@@ -102,7 +102,7 @@ def score_concepts(
         raise ValueError(f"{len(classes)} classes for {len(embeddings)} embeddings; give one each")
     fits = [fit_concepts(embeddings, k, seed) for seed in seeds]
     if not fits: raise ValueError("no seeds; give one or more")
-    known = [i for i, c in enumerate(classes) if c is not None and c == c]  # pandas writes NaN
+    known = [i for i, c in enumerate(classes) if as_read(c) is not None]
     (theirs,) = same_ids(classes[i] for i in known)
     nmi = [normalized_mutual_info_score(theirs, f.labels[known]) for f in fits] if known else np.nan
     pairs = [(a, b) for i, a in enumerate(fits) for b in fits[:i]]
@@ -127,8 +127,11 @@ def soft_labels(
     distances = cdist(x, c, "sqeuclidean")
     labels = np.exp(-(distances - distances.min(1, keepdims=True)) / temperature)
     labels /= labels.sum(1, keepdims=True)
-    if isinstance(embeddings, torch.Tensor): return torch.from_numpy(labels).to(embeddings)
-    return labels.astype(as_array(embeddings).dtype)
+    kind = as_array(embeddings).dtype
+    if kind.kind in "iu": kind = np.dtype(np.float32)  # whole numbers have no labels of their own
+    if not isinstance(embeddings, torch.Tensor): return labels.astype(kind)
+    whole = not embeddings.is_floating_point()
+    return torch.from_numpy(labels).to(embeddings.float() if whole else embeddings)
 
 # %% ../nbs/02_concepts.ipynb #3a0ff580
 def label_entropy(

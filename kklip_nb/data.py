@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIX', 'TEST_SEED', 'check_size', 'render_svg', 'Pairs', 'fold_caption', 'as_texts', 'base_concept', 'openmoji_table',
            'load_openmoji', 'six_rows', 'Split', 'split_by_base', 'deal_captions', 'caption_batches', 'singulars',
-           'mentions', 'load_words']
+           'words_of', 'mentions', 'load_words']
 
 # %% ../nbs/00_data.ipynb #996e6466
 import hashlib
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from .tools import cache_dir, write_atomically
+from .tools import cache_dir, whole_number, write_atomically
 
 # %% ../nbs/00_data.ipynb #e9217c0c
 SIX = ("dog face", "cat face", "hamburger", "pizza", "airplane", "sailboat")
@@ -100,7 +100,9 @@ def as_texts(
     texts: str | Iterable[str],  # list, array, column or iterator; a single text counts as one
 ) -> list[str]:
     "The texts as a list; a ValueError names the first row that is none."
-    alone = isinstance(texts, str) or not isinstance(texts, Iterable)
+    if getattr(texts, "ndim", 1) != 1:
+        raise ValueError(f"texts have {texts.ndim} dimensions; pass one column of a table")
+    alone = isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable)
     texts = [texts] if alone else list(texts)
     bad = [i for i, text in enumerate(texts) if not isinstance(text, str)]
     if bad: raise ValueError(f"row {bad[0]} is no text: {texts[bad[0]]!r:.80}; drop such rows")
@@ -213,7 +215,7 @@ def deal_captions(
     What is left over has fewer than batch_size captions. Whoever deals shard after shard puts it in
     front of the next one."""
     keys, order = [fold_caption(c) for c in as_texts(captions)], list(order)
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size}; expected at least 1")
+    batch_size = whole_number("batch_size", batch_size)
     if wrong := [row for row in order if not 0 <= row < len(keys)]:
         raise ValueError(f"row {wrong[0]} of {len(keys)} captions; expected 0 to {len(keys) - 1}")
     fresh, waiting, batches = iter(order), [], []
@@ -257,6 +259,8 @@ def singulars(
 ) -> set[str]:  # the word itself and all that it may be the plural of
     "Every form that English plural endings allow; some are no words."
     forms = {word, _IRREGULAR.get(word, word), word.removesuffix("s"), word.removesuffix("es")}
+    if word.endswith("men"): forms.add(word[:-2] + "an")
+    if word.endswith("children"): forms.add(word[:-3])
     if word.endswith("ies"): forms.add(word[:-3] + "y")
     if word.endswith("ves"): forms |= {word[:-3] + "f", word[:-3] + "fe"}
     return forms - {""}
@@ -264,7 +268,7 @@ def singulars(
 # %% ../nbs/00_data.ipynb #27bf2584
 _UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u309f\u3400-\u9fff]"
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     "Runs of letters, marks and digits; single characters of scripts that write no spaces."
     def part(c): return c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M"
     text = "".join(c if part(c) else " " for c in fold_caption(text))
@@ -278,10 +282,10 @@ def mentions(
     "Which texts speak of one of the concepts? A search for whole words; number is ignored."
     def forms(phrase): return {" ".join([*phrase[:-1], last]) for last in singulars(phrase[-1])}
     def spans(text): return (text[i:i + n] for n in lengths for i in range(len(text) - n + 1))
-    wanted = [phrase for c in as_texts(concepts) if (phrase := _words(c))]
+    wanted = [phrase for c in as_texts(concepts) if (phrase := words_of(c))]
     known = {form for phrase in wanted for form in forms(phrase)}
     lengths = range(1, max(map(len, wanted), default=0) + 1)
-    return [any(not known.isdisjoint(forms(span)) for span in spans(_words(t)))
+    return [any(not known.isdisjoint(forms(span)) for span in spans(words_of(t)))
             for t in as_texts(texts)]
 
 # %% ../nbs/00_data.ipynb #41095d84

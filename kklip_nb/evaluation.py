@@ -9,7 +9,6 @@ __all__ = ['TEMPLATES', 'hits_at_k', 'first_place', 'retrieval_recall', 'median_
 
 # %% ../nbs/07_evaluation.ipynb #329c81e2
 import math
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
-from .data import fold_caption
-from .tools import (as_read, booleans, finite_matrix, finite_numbers, row_numbers, same_ids,
-                            whole_number)
+from .data import as_texts, words_of
+from .tools import (as_read, booleans, finite_matrix, finite_numbers, known_ids, row_numbers,
+                            same_ids, whole_number)
 
 # %% ../nbs/07_evaluation.ipynb #c3091a64
 def _unit_rows(name: str, features: Any) -> np.ndarray:
@@ -85,7 +84,7 @@ def _similarities(image_features: Any, text_features: Any) -> np.ndarray:
 def _right_answers(n: int, text_ids: Iterable | None) -> np.ndarray:
     "(n, n) booleans: is text j a right answer to image i?"
     if text_ids is None: return np.eye(n, dtype=bool)
-    (ids,) = same_ids(text_ids)
+    ids = known_ids("text_ids", text_ids)
     if len(ids) != n: raise ValueError(f"{len(ids)} text_ids for {n} pairs; expected one a pair")
     return ids[:, None] == ids
 
@@ -201,7 +200,8 @@ def uniformity(
     r"Log of the mean of $e^{-t\lVert x-y\rVert^2}$ over pairs of rows (Wang and Isola 2020)."
     x = _unit_rows("features", features)
     if len(x) < 2: raise ValueError("uniformity of one row is not defined; give at least 2")
-    squared = np.maximum(2 - 2 * (x @ x.T)[np.triu_indices(len(x), 1)], 0)
+    one = x.any(1).astype(float)  # a row of zeros has no length
+    squared = np.maximum((one[:, None] + one - 2 * (x @ x.T))[np.triu_indices(len(x), 1)], 0)
     return float(np.log(np.exp(-t * squared).mean()))
 
 # %% ../nbs/07_evaluation.ipynb #5ev00061
@@ -281,7 +281,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:  # 95 % interval of the mean
     "What the mean could have been with other test items: resamples items, or whole groups of them."
     values, draws = finite_numbers("values", values), whole_number("draws", draws)
-    (group,) = same_ids(range(len(values)) if groups is None else groups)
+    group = known_ids("groups", range(len(values)) if groups is None else groups)
     if len(group) != len(values):
         raise ValueError(f"{len(group)} groups for {len(values)} values; expected one each")
     sums, counts = np.bincount(group, values), np.bincount(group)
@@ -326,8 +326,7 @@ def words_seen(
     known: Sequence[str],  # the captions that were trained on
 ) -> np.ndarray:  # (n,) 'none', 'some' or 'all'
     "How many of a caption's words stand in any of the known captions; letter case does not count."
-    def joins(c): return c == "_" or c.isalnum() or unicodedata.category(c)[0] == "M"  # a mark
-    def words(text): return {*"".join(c if joins(c) else " " for c in fold_caption(text)).split()}
-    seen = set().union(*map(words, known))
-    share = [len(words(c) & seen) / max(1, len(words(c))) for c in captions]
+    seen = {word for caption in as_texts(known) for word in words_of(caption)}
+    words = [{*words_of(caption)} for caption in as_texts(captions)]
+    share = [len(w & seen) / max(1, len(w)) for w in words]
     return np.array(["none" if s == 0 else "all" if s == 1 else "some" for s in share])

@@ -105,6 +105,7 @@ def _check_ids(concepts: torch.Tensor, k: int, skipped: int) -> None:
         low, high = int(concepts.min()), int(concepts.max())
         raise ValueError(f"concept ids run from {low} to {high}; "
                          f"expected 0 … {k - 1} for {k} concepts")
+    if (concepts == skipped).all(): raise ValueError("all rows are skipped: there is no mean")
 
 # %% ../nbs/04_losses.ipynb #d17b38c0
 _NO_ID = -(2**61) - 1  # an id that no row has: not -1 or -100, nor what NaN becomes as an integer
@@ -126,7 +127,7 @@ def concept_loss(
     With `validate` ValueError also for such ids, rows that are no probabilities, NaN, infinity."""
     _check_matrix("logits", logits)
     _check_labels(logits, concepts, ignore_index)
-    if not (isinstance(label_smoothing, Real) and label_smoothing >= 0):  # torch takes it for 0
+    if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing <= 1):  # torch takes it for 0
         raise ValueError(f"label_smoothing={label_smoothing}; expected 0 to 1")
     soft, skipped = concepts.is_floating_point(), _NO_ID if ignore_index is None else ignore_index
     if validate:
@@ -137,6 +138,9 @@ def concept_loss(
     concepts = concepts.detach().to(logits.dtype if soft else torch.long)
     if weight is not None:
         _check_tensor("weight", weight)
+        if weight.shape != logits.shape[1:]:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; "
+                             f"expected one for each of {logits.shape[1]} concepts")
         weight = weight.to(logits.dtype)
     return F.cross_entropy(logits, concepts, weight, ignore_index=skipped,
                            reduction=reduction, label_smoothing=label_smoothing)
@@ -155,13 +159,10 @@ def _check_scale(logit_scale: torch.Tensor | float, validate: bool) -> None:
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    "Rows of length 1, however long they were; a row of zeros stays; infinity becomes NaN."
-    far = 2.0 ** (40 if x.element_size() == 4 else 320)
-    most = x.detach().abs().amax(1, keepdim=True)
-    one, tiny = torch.ones_like(most), (0 < most) & (most < 1 / far)
-    factor = torch.where(most > far, one / far**2, torch.where(tiny, one * far**2, one))
-    length = torch.linalg.vector_norm(x * factor, dim=1, keepdim=True)  # no square out of range
-    return x * factor / (length + length.logical_not())
+    "Rows of length 1; a row of zeros stays; a length that overflows becomes NaN, to be noticed."
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    length = length.nan_to_num(nan=math.nan, posinf=math.nan)
+    return x / (length + length.logical_not())
 
 
 def _no_autocast(x: torch.Tensor):

@@ -27,16 +27,23 @@ def _grey(image: Image.Image) -> Image.Image:
     "Grey of more than 8 bits as mode L; the highest value, or for 16 bits the mode, tells white."
     values = np.asarray(image)
     whites = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
-    white = next((w for w in whites if values.min() >= 0 and values.max() <= w), None)
+    over = 1.02 if image.mode == "F" else 1  # resampling goes a little beyond white
+    white = next((w for w in whites if values.min() >= 0 and values.max() <= over * w), None)
     if white is None:
         raise ValueError(f"grey from {values.min()} to {values.max()} (mode {image.mode}); "
                          f"expected 0 to {whites[-1]}")
-    grey = np.rint(values * (255 / white)).astype(np.uint8)
+    grey = np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8)
     clear = image.info.get("transparency")  # of a 16-bit PNG: one grey value
     if clear is not None: grey[values == clear] = 255
     return Image.fromarray(grey)
 
 # %% ../nbs/appendix/own_pairs.ipynb #cd565b3b
+def _turned(image: Image.Image) -> bool:
+    "Does an EXIF note say so? Viewers ignore a damaged note."
+    try: return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception: return False
+
+
 def decode_image(
     source: str | Path | bytes | Image.Image,  # a file, its bytes, or a PIL image (left as it is)
 ) -> Image.Image:  # RGB, upright by its EXIF note, white where it is transparent
@@ -50,8 +57,7 @@ def decode_image(
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         image = file if isinstance(file, Image.Image) else Image.open(file)
         if 0 in image.size: raise ValueError("it has no pixels")
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        if _turned(image): image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF": image = _grey(image)
         if image.mode == "La": image = image.convert("LA")
         if not image.has_transparency_data: return image.convert("RGB")

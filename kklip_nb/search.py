@@ -63,20 +63,18 @@ def query_features(
 # %% ../nbs/09_search.ipynb #5ea00080
 def search(
     student: Towers,
-    pictures: torch.Tensor,  # (n, d) from picture_features of the same student; arrays, too
+    pictures: torch.Tensor,  # (n, d) image features of the same student
     queries: str | Sequence[str],  # one text, or q of them
     k: int = 5,  # how many pictures a query; fewer where there are fewer
 ) -> tuple[np.ndarray, np.ndarray]:  # (q, k) rows of the pictures, best first; (q, k) their cosines
     "Words in, pictures out; raises ValueError for an empty query or another student's pictures."
     texts = query_features(student, queries)
-    if not isinstance(pictures, torch.Tensor):
-        pictures = torch.from_numpy(finite_matrix("pictures", pictures))
+    if len(as_array(pictures)): pictures = _unit_rows("pictures", pictures)
     whole = isinstance(k, (int, np.integer)) and k >= 1
     if not whole or pictures.ndim != 2 or pictures.shape[1] != texts.shape[1]:
         raise ValueError(f"k={k}, pictures {tuple(pictures.shape)}; "
                          f"expected k of 1 or more, (n, {texts.shape[1]})")
-    scores = (texts @ pictures.detach().cpu().float().T).round(decimals=6)
-    if not scores.isfinite().all(): raise ValueError("pictures hold NaN; use picture_features")
+    scores = (texts @ pictures.T).round(decimals=6)
     scores, rows = scores.sort(dim=1, descending=True, stable=True)
     return rows[:, :k].numpy(), scores[:, :k].numpy()
 

@@ -53,7 +53,9 @@ def _create_clip(name: str, pretrained: str | None, **settings: Any) -> nn.Modul
     finally: logging.getLogger().removeFilter(wanted)
 
 def _as_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:  # in their precision
-    return x.to(next(module.parameters()).dtype) if x.is_floating_point() else x
+    if not x.is_floating_point():
+        raise ValueError(f"images of type {x.dtype}; expected those of prepare_images")
+    return x.to(next(module.parameters()).dtype)
 
 # %% ../nbs/03_student.ipynb #11aa6b01
 class Towers(nn.Module):
@@ -75,7 +77,11 @@ class Towers(nn.Module):
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:  # (n, t) ids → (n, d), raw
         "The features at the end-of-text token; the same for every t that cuts no caption."
-        missing = max(0, self.clip.context_length - tokens.shape[1])
+        missing = self.clip.context_length - tokens.shape[1]
+        if missing < 0 and tokens[:, missing:].any():
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected at most "
+                             f"{self.clip.context_length} columns: tokenize for this student")
+        tokens, missing = tokens[:, :self.clip.context_length], max(0, missing)
         if missing and _ignores_padding(self.clip): return _encode_short(self.clip, tokens)
         return self.clip.encode_text(F.pad(tokens, (0, missing)), normalize=False)
 
@@ -307,10 +313,10 @@ def check_activation(
 # %% ../nbs/03_student.ipynb #f1f8af2c
 def _model_config(name: str) -> dict[str, Any]:
     "The configuration of a model whose captions our tokeniser can write, or a ValueError."
-    if name not in open_clip.list_models():  # nor a folder or a repository, which may be anything
+    if str(name).replace("/", "-") not in open_clip.list_models():  # nor a folder or a repository, which may be anything
         raise ValueError(f"no model {name!r}; expected 'kklip-laptop' or one of "
                          "open_clip.list_models(), with its file of weights as `pretrained`")
-    config = open_clip.get_model_config(name)
+    config = open_clip.get_model_config(name.replace("/", "-"))
     text = config["text_cfg"]
     other = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     if not other and (text.get("tokenizer_kwargs") or "siglip" in name.lower()):

@@ -169,7 +169,10 @@ def embed_captions(
             pooled = POOLINGS[pooling](states, mask).float().cpu().numpy()
             vectors.update(zip((texts[r] for r in rows), pooled))
             bar.update(len(rows))
-    return np.stack([vectors[text] for text in prompted])
+    found = np.stack([vectors[text] for text in prompted])
+    if not np.isfinite(found).all():
+        raise ValueError(f"the teacher gave NaN in {teacher.model.dtype}; load it in float32")
+    return found
 
 # %% ../nbs/01_teacher.ipynb #2f0c50e1
 def cached_embeddings(

@@ -176,6 +176,15 @@ def _token_ids(teacher: Teacher, texts: list[str], **how: Any) -> list[list[int]
     return ids
 
 # %% ../nbs/appendix/own_teacher.ipynb #c514f4af
+def _check_place(device: Any, dtype: Any) -> None:
+    "A ValueError unless there is such a device, and such numbers."
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}; expected torch.float32, bfloat16 or float16")
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not there: {error}") from error
+
+
 def load_teacher(
     name: str | Path = "smollm2",  # packaged; or a folder ('./smollm2'), or a decoder on the hub
     device: str = "cpu",  # where the model runs
@@ -183,6 +192,7 @@ def load_teacher(
 ) -> Teacher:
     "A frozen teacher; raises FileNotFoundError, PermissionError (gated) or ValueError: what to do."
     from transformers import AutoConfig, AutoModel, AutoTokenizer
+    _check_place(device, dtype)
     folder, source = _unpacked_teacher() if name == "smollm2" else (name, None)
     how: dict = dict(dtype=dtype, device_map=None if str(device) == "cpu" else device)
     own_code = dict(trust_remote_code=False)
@@ -229,6 +239,8 @@ def save_embeddings(
     with np.errstate(over="ignore"): half = x.astype(np.float16)
     if not np.isfinite(half).all():
         raise ValueError("embeddings exceed float16's 65504; use another layer")
+    if (x.any(1) & ~half.any(1)).any():
+        raise ValueError("embeddings are too small for float16 and would be zero; scale them")
     rows = _eight_bits(x.astype(np.float32)) if bits == 8 else {"embeddings": half}
     metadata = {k: str(v) for k, v in provenance.items()} | {"captions": captions_hash(captions)}
     return save_tensors(path, rows, metadata)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_dir', 'write_atomically', 'file_hash', 'save_tensors', 'as_array', 'finite_matrix', 'finite_numbers',
-           'whole_number', 'row_numbers', 'booleans', 'as_read', 'same_ids', 'check_found']
+           'whole_number', 'row_numbers', 'booleans', 'as_read', 'same_ids', 'known_ids', 'check_found']
 
 # %% ../nbs/appendix/tools.ipynb #a0000004
 import hashlib
@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 # %% ../nbs/appendix/tools.ipynb #a0000007
 def cache_dir() -> Path:  # an existing folder
     "Where expensive results are kept: `$KKLIP_CACHE`, or this user's cache folder."
-    folder = Path(os.environ.get("KKLIP_CACHE") or user_cache_dir("kklip_nb", appauthor=False))
+    folder = os.environ.get("KKLIP_CACHE") or user_cache_dir("kklip_nb", appauthor=False)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -97,13 +98,13 @@ def finite_matrix(
     name: str,  # what the values are, for the error
     values: Any,  # (n, d) what as_array takes
 ) -> np.ndarray:  # (n, d) float64
-    "The values as a matrix; ValueError unless floating point, (n, d), not empty, and finite."
+    "The values as a matrix; ValueError unless these are numbers, (n, d), not empty, and finite."
     try: array = as_array(values)
     except ValueError as error:
         advice = "expected rows of one length"
         raise ValueError(f"{name} cannot be read as a matrix ({error}); {advice}") from error
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"{name} has dtype {array.dtype}; expected floating point")
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} has dtype {array.dtype}; expected numbers")
     if array.ndim != 2 or not array.size:
         raise ValueError(f"{name} has shape {array.shape}; expected (n, d), neither of them 0")
     if not np.isfinite(array).all():
@@ -185,6 +186,17 @@ def same_ids(
     except TypeError: order = sorted(numbers, key=repr)  # None beside text
     rank = np.argsort([numbers[one] for one in order])
     return [rank[column] for column in ids]
+
+
+def known_ids(
+    name: str,  # what they are, for the error
+    ids: Iterable,  # as for same_ids, none of them missing
+) -> np.ndarray:  # (n,) int64
+    "same_ids of one column; ValueError where one is missing, for two of these are not the same."
+    ids = list(ids)
+    if any(as_read(one) is None for one in ids):
+        raise ValueError(f"{name} hold missing values; give each row an id, or leave it out")
+    return same_ids(ids)[0]
 
 # %% ../nbs/appendix/tools.ipynb #a0000020
 def check_found(

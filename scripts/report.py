@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from kklip_nb.evaluation import first_place
-from kklip_nb.tools import as_array, finite_matrix
+from kklip_nb.tools import as_array, booleans, finite_matrix
 
 FIRST, SHOWN, AT_ONCE = 5, 8, 12  # places that count as found; pictures a query; queries at a time
 COLOURS, SHAPES = 8, ("round", "square", "diamond")  # of the largest concepts; the rest is grey
@@ -43,7 +43,11 @@ def make_queries(
     rows: Sequence[int] | np.ndarray,  # n: where the pictures that are searched lie among all pictures
 ) -> list[Query]:
     "Each query with what each system finds first."
-    rows, right = as_array(rows), as_array(right).astype(bool)
+    right = booleans("right", right)
+    rows = as_array(rows)
+    if rows.dtype == bool: rows = np.flatnonzero(rows)
+    if right.ndim != 2 or rows.shape != right.shape[1:]:
+        raise ValueError(f"rows of shape {rows.shape}, right of shape {right.shape}; expected (n,) and (q, n)")
     similarities = {name: finite_matrix(f"similarities of {name}", s) for name, s in similarities.items()}
     nearest = {name: rows[np.argsort(-s, 1, kind="stable")[:, :SHOWN]] for name, s in similarities.items()}
     places = {name: first_place(s, right) for name, s in similarities.items()}

@@ -661,3 +661,18 @@ def test_a_cache_file_that_is_not_good_is_named(three):
 def test_captions_without_the_six_are_named():
     assert six_rows([*reversed(SIX)]) == [5, 4, 3, 2, 1, 0] and SIX[0] == "dog face"
     with pytest.raises(ValueError, match="no caption is 'pizza'.*load_openmoji"): six_rows([c for c in SIX if c != "pizza"])
+
+
+def test_compounds_of_men_and_children_have_their_singular():
+    plural, single = ["two snowmen", "firemen at work", "policewomen", "grandchildren", "the men", "an omen"], ["snowman", "fireman", "policewoman", "grandchild", "man", "nothing"]
+    assert [mentions([t], [c])[0] for t, c in zip(plural, single)] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("table", [np.array([["a", "b"]]), np.array("a")])
+def test_a_table_is_no_column_of_texts(table):
+    with pytest.raises(ValueError, match="pass one column"): as_texts(table)
+
+
+def test_a_part_of_a_row_is_no_batch():
+    for wrong in (2.5, "2", None):
+        with pytest.raises(ValueError, match="batch_size"): deal_captions(list("abcdefgh"), range(8), wrong)

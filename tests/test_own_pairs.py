@@ -568,3 +568,11 @@ def test_a_pandas_table_and_rows_of_other_kinds(folder):
 def test_bad_rows_of_a_dataset_are_named(rows, said):
     with pytest.raises(ValueError, match=said):
         load_dataset_pairs(rows, size=8)
+
+
+def test_a_float_picture_may_go_a_little_beyond_white_and_a_damaged_note_is_ignored():
+    grey = np.zeros((8, 8), np.float32)
+    grey[:, 4:] = 1.004
+    assert read_image(Image.fromarray(grey), 8)[0, :, 0].tolist() == [0] * 4 + [255] * 4
+    Image.new("RGB", (8, 8), (200, 10, 30)).save(file := io.BytesIO(), "PNG", exif=b"junkjunk")
+    assert (read_image(file.getvalue(), 8) == (200, 10, 30)).all()

@@ -184,8 +184,8 @@ def test_pictures_with_broken_rows_are_never_the_best(student, features, bad, sa
     broken = features.clone()
     broken[3, 5] = bad
     for pictures in (broken, broken.numpy(), broken.half()):
-        with pytest.raises(ValueError, match=f"pictures hold.*({said})"): S.search(student, pictures, "dog")
-    for pictures in (np.ones((2, 128), int), [["a"] * 128], None):
+        with pytest.raises(ValueError, match=f"pictures holds.*({said})"): S.search(student, pictures, "dog")
+    for pictures in ([["a"] * 128], None):
         with pytest.raises(ValueError, match="pictures has dtype"): S.search(student, pictures, "dog")
 
 

@@ -235,7 +235,9 @@ def test_any_width_gives_the_features_and_gradients_of_the_full_one(kind):
 @pytest.mark.parametrize("kind", ["plain", "own module", "last", "looks ahead", "CoCa"])
 def test_tokens_beyond_the_context_are_refused(kind):
     towers = S.Towers(tiny_clip(kind)).eval()
-    with pytest.raises(RuntimeError): towers.encode_text(torch.full((2, 20), 7))
+    with pytest.raises(ValueError, match="at most 16 columns"): towers.encode_text(torch.full((2, 20), 7))
+    short = torch.tensor([[49406, 320, 49407] + [0] * 17])
+    if kind != "CoCa": assert towers.encode_text(short).equal(towers.encode_text(short[:, :16]))
 
 
 @pytest.mark.parametrize("kind", ["plain", "own module", "end token by id"])
@@ -619,7 +621,7 @@ def test_the_vocabulary_of_the_student_ends_the_ids_of_a_table():
     with pytest.raises(ValueError, match="to 50; expected 0 to 49"): S.start_from_words(towers, S.WordTable([50], np.ones((1, 32))))
 
 
-@pytest.mark.parametrize("spoil, says", [(lambda x: x * 0 + 0.1, "all alike"), (lambda x: x * np.float32(1e30), "too large"), (lambda x: x * np.nan, "NaN"), (lambda x: x.astype(int), "int64"), (lambda x: x[0], r"\(30,\)"),
+@pytest.mark.parametrize("spoil, says", [(lambda x: x * 0 + 0.1, "all alike"), (lambda x: x * np.float32(1e30), "too large"), (lambda x: x * np.nan, "NaN"), (lambda x: x[0], r"\(30,\)"),
                                          (lambda x: x[:39], "40 token ids for 39")])
 def test_embeddings_that_give_no_table_are_refused(spoil, says, rng):
     with np.errstate(all="ignore"), pytest.raises(ValueError, match=says): small_table(spoil(rng.normal(size=(40, 30)).astype(np.float32)))
@@ -654,7 +656,7 @@ def test_every_model_of_open_clip_has_our_tokens_or_is_refused_by_name(monkeypat
         else: assert open_clip.get_tokenizer(name) == dict(context_length=text["context_length"]) and text["vocab_size"] >= 49408
 
 
-@pytest.mark.parametrize("name", ["hf-hub:timm/x", "local-dir:/tmp", "ViT-B/32", "vit-b-32", "", None, 3])
+@pytest.mark.parametrize("name", ["hf-hub:timm/x", "local-dir:/tmp", "vit-b-32", "", None, 3])
 def test_a_name_that_is_none_of_open_clip_s_is_refused_with_what_to_do(name):
     with pytest.raises(ValueError, match=f"no model {name!r}; expected .*file of weights as `pretrained`"): S.build_student(name)
 

@@ -897,3 +897,12 @@ def test_the_recorded_words_point_where_the_teacher_s_do(packaged):
     a, b = (x - material.embeddings.mean(0) for x in (now, material.word_embeddings[few]))
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosines.min() > 0.9998
+
+
+def test_a_place_or_a_precision_that_is_not_there_is_named_before_any_work():
+    for how, says in ((dict(device="gpu"), "device='gpu'"), (dict(dtype=torch.int8), "dtype=torch.int8"), (dict(dtype="half"), "dtype='half'")):
+        with pytest.raises(ValueError, match=says): load_teacher("no/such/folder", **how)
+
+
+def test_embeddings_that_float16_would_lose_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="too small for float16"): save_embeddings(tmp_path / "a.safetensors", np.full((2, 3), 1e-9), ["a", "b"])

@@ -30,6 +30,17 @@ def test_numbers_come_in_by_one_door(form):
     np.testing.assert_array_equal(finite_numbers("values", FORMS[form][1]), ROWS[1])
 
 
+def test_whole_numbers_are_numbers():
+    for values in ([[1, 2]], np.ones((1, 2), np.uint8), torch.ones(1, 2, dtype=torch.long)): assert finite_matrix("x", values).dtype == np.float64
+    with pytest.raises(ValueError, match="x have|x has"): finite_matrix("x", [[True, False]])
+
+
+def test_a_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KKLIP_CACHE", "~/kept")
+    assert cache_dir() == tmp_path / "kept"
+
+
 def test_a_matrix_is_a_copy():
     given = np.array(ROWS)
     finite_matrix("embeddings", given)[0] = 7
@@ -37,7 +48,7 @@ def test_a_matrix_is_a_copy():
 
 
 @pytest.mark.parametrize("values, says", [
-    (np.ones((2, 2), int), "int64"), ([[1.0], [np.nan]], "NaN"), ([[1.0], [np.inf]], "infinite"), ([[1.0], [1.0, 2.0]], "one length"), (np.ones(3), r"\(3,\)"),
+    ([[1.0], [np.nan]], "NaN"), ([[1.0], [np.inf]], "infinite"), ([[1.0], [1.0, 2.0]], "one length"), (np.ones(3), r"\(3,\)"),
     (np.ones((0, 3)), r"\(0, 3\)"), (np.ones((3, 0)), r"\(3, 0\)"), ([["a"]], "dtype"), (np.ones((2, 2), bool), "bool"), (np.ones((2, 2), complex), "complex"), (None, "dtype")])
 def test_other_matrices_are_refused_by_name(values, says):
     with pytest.raises(ValueError, match=f"embeddings.*{says}"): finite_matrix("embeddings", values)

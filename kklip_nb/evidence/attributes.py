@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from ..data import Pairs, fold_caption
 from .scenes import (COLOURS, COUNTS, NOUNS, PLACES, RELATIONS, SIZES, TIMES,
                                       VERBS, Scene)
-from ..tools import (as_array, as_read, finite_matrix, row_numbers, same_ids,
+from ..tools import (as_array, as_read, finite_matrix, known_ids, row_numbers,
                             whole_number)
 
 # %% ../../nbs/evidence/03_attributes.ipynb #7af84121
@@ -117,7 +117,7 @@ def _weighted_precisions(
 # %% ../../nbs/evidence/03_attributes.ipynb #a3000002
 def _group_draws(groups: Sequence, seed: int, draws: int) -> np.ndarray:
     "(draws, n) how often each draw has each of n images: groups are drawn as a whole."
-    (group,) = same_ids(groups)
+    group = known_ids("groups", groups)
     count = group.max() + 1
     picks = np.random.default_rng(seed).integers(count, size=(draws, count))
     return np.stack([np.bincount(p, minlength=count) for p in picks])[:, group]

@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.preprocessing import normalize
 
-from ..data import Pairs, fold_caption, openmoji_table, singulars
+from ..data import Pairs, as_texts, fold_caption, openmoji_table, singulars
 from ..evaluation import first_place, hits_at_k, seed_interval
 from .attributes import average_precisions, chance_precision
 from ..tools import as_array, booleans, finite_matrix, row_numbers, same_ids
@@ -178,7 +178,7 @@ def score_lines(
 ) -> list[dict]:  # up to three lines with asked ('yes', 'no', 'all'), ap, r1, r5, median_rank, n
     "Means and median rank over the queries, of each kind and all; an empty kind has no line."
     scores = {k: as_array(v) for k, v in scores.items()}
-    told = np.isin(*same_ids(words, asked))
+    told = np.isin(*same_ids(as_texts(words), as_texts(asked)))
     if {len(v) for v in scores.values()} != {len(told)}:
         raise ValueError(f"{len(told)} words for {[*map(len, scores.values())]} scores; "
                          "expected one of each a query")

@@ -26,6 +26,7 @@ from scipy import stats
 from ..evaluation import seed_interval
 from ..tools import as_array, finite_numbers, write_atomically
 from ..recipe import LAPTOP, Recipe
+from ..visualization import LegendName
 
 # %% ../../nbs/evidence/06_study.ipynb #6bef2588
 SEEDS = range(5)  # of weights, train against validation, order, k-means; the test sets never move
@@ -145,6 +146,9 @@ def write_rows(
 ) -> None:
     "A CSV file, whole or not at all."
     if not rows: raise ValueError(f"no lines to write into {path}")
+    if wrong := [i for i, row in enumerate(rows) if row.keys() != rows[0].keys()]:
+        raise ValueError(f"line {wrong[0]} for {path} has the columns {sorted(rows[wrong[0]])}; "
+                         f"expected those of the first, {sorted(rows[0])}")
     def write(part: Path) -> None:
         with open(part, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -422,8 +426,8 @@ def plot_differences(
     plain = lambda text: text.replace("$", r"\$")  # or a formula begins
     for i, (name, (marker, colour)) in enumerate(zip(rows, _STYLES)):
         ds, y = [found[name, *c] for c in columns], lines + 0.16 * (i - (len(rows) - 1) / 2)
-        look = dict(fmt=marker, color=colour, capsize=2, ms=5, lw=1)
-        ax.errorbar([d.mean for d in ds], y, xerr=[d.half for d in ds], label=plain(name), **look)
+        look = dict(fmt=marker, color=colour, capsize=2, ms=5, lw=1, label=LegendName(plain(name)))
+        ax.errorbar([d.mean for d in ds], y, xerr=[d.half for d in ds], **look)
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(lines, [*map(plain, columns.values())])
     ax.invert_yaxis()

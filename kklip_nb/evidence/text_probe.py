@@ -26,7 +26,7 @@ from ..data import fold_caption
 from ..evaluation import bootstrap_interval
 from ..student import Towers, tokenize
 from ..teacher import mean_pool
-from ..tools import as_array, finite_matrix
+from ..tools import as_array, as_read, finite_matrix
 from ..training import learning_rate
 
 # %% ../../nbs/evidence/02_text_probe.ipynb #e7b8ee5f
@@ -411,7 +411,7 @@ def matches_by_kind(
 ) -> dict[str, tuple[float, int]]:  # kind → exact match, number of captions
     "Exact match for each kind of caption, in the order in which the kinds first occur."
     hits = exact_matches(truth, read)
-    if len(kinds) != len(hits):
+    if len(kinds := [*map(as_read, kinds)]) != len(hits):
         raise ValueError(f"{len(kinds)} kinds for {len(hits)} captions; expected one each")
     groups = {}
     for kind, hit in zip(kinds, hits): groups.setdefault(kind, []).append(hit)

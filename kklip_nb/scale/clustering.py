@@ -109,6 +109,8 @@ def first_centroids(
 ) -> np.ndarray:  # (k, d) float32
     "k-means over candidates, then over 32 rows a concept; one thread, so a seed gives one start."
     sample = draw_rows(sidecars, scale, 32 * k, seed)
+    if k > 1 and not np.ptp(sample, axis=0).any():
+        raise ValueError("all embeddings are the same; take another pooling or layer")
     candidates, weights = spread_out(sample, k, seed, slices=-(-len(sample) // 2048))
     with threadpool_limits(1):  # float64: scikit-learn would convert float32 at each step
         picked = KMeans(k, n_init=1, tol=0, random_state=seed)

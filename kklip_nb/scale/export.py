@@ -62,7 +62,7 @@ def describe_run(
     pairs = sum(s.shape[0] for s in data.sidecars)
     return dict(
         recipe=dataclasses.asdict(recipe), training=settings,
-        trained_on={s.shard: captions_hash(json.loads(s.meta["folded"])) for s in data.sidecars},
+        trained_on={s.shard: captions_hash(s.meta["folded"]) for s in data.sidecars},
         data=dict(pairs=pairs, skipped=skipped, shards=len(data.urls), key=data.key),
         teacher={k: data.concepts.meta[k] for k in ("teacher", "pooling", "layer", "prompt")},
         versions={p: version(p) for p in ("kklip_nb", "torch", "open_clip_torch", "transformers")})
@@ -192,7 +192,7 @@ def _held_out(urls: Sequence[str], limit: int, trained_on: Collection[str]) -> l
     samples: list[Sample] = []
     for url in urls:
         good, _ = usable_samples(read_shard(url))
-        folded = [zlib.crc32(fold_caption(s.caption).encode()) for s in good]
+        folded = json.dumps([zlib.crc32(fold_caption(s.caption).encode()) for s in good])
         known = captions_hash(folded), captions_hash([s.caption for s in good])  # formerly as it is
         if not {*known}.isdisjoint(trained_on):
             raise ValueError(f"{url} is one of the shards that were trained on; "
