@@ -541,6 +541,17 @@ def test_names_on_a_map_cover_no_other_and_stay_inside(seed):
     plt.close(figure)
 
 
+def test_names_of_marks_at_the_edge_stay_inside():
+    corners = np.array([[0, 0], [0, 1], [1, 0], [1, 1.0]])
+    figure, ax = plt.subplots(figsize=(5, 4))
+    plot_concepts(corners, range(4), ["a rather long name"] * 4, range(4), ax)
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    texts = place_names(corners, range(4), ["a rather long name"] * 4, range(4), ax)
+    figure.canvas.draw()
+    edge = ax.get_window_extent()
+    for box in (t.get_bbox_patch().get_window_extent() for t in texts): assert edge.x0 <= box.x0 and box.x1 <= edge.x1 and edge.y0 <= box.y0 and box.y1 <= edge.y1
+
+
 def test_a_name_covers_no_mark_of_those_shown_where_there_is_room():
     "One mark, others of no interest around it: the first turn that covers none is taken, to the right where it is free."
     rng = np.random.default_rng(1)
@@ -584,6 +595,11 @@ def test_the_map_to_click_has_every_point_at_its_place(images):
     assert [d["style"].count("background-image:url(data:image/png;base64,") for d in dots] == [1, 1, 1, 0, 1] and len({d["style"][-60:] for d in dots}) == 5
     assert [attrs["class"] for tag, attrs in page.tags if tag == "div"] == ["kklip-map", "card c3", "card c-1"] and [t for t in page.texts[1:]] == ["three", "x", "y", "none"]
     assert page.texts[0].count(".kklip-map input.c3:checked ~ .card.c3 {display: block}") == 1 and ".kklip-map:has(.c-1:checked) input.c-1 {outline" in page.texts[0]
+
+
+def test_the_map_to_click_has_a_dot_where_a_picture_of_thirty_pixels_would_cover_another(images):
+    page = Page(click_map([[0, 0], [25, 0], [40, 0], [740, 0]], images[:4], "abcd", [0] * 4, {}))
+    assert [attrs["class"] for tag, attrs in page.tags if tag == "input"] == ["c0 pic", "c0 dot", "c0 pic", "c0 pic"]
 
 
 def test_the_map_to_click_escapes_what_was_written(images):
