@@ -901,8 +901,8 @@ def test_the_recorded_words_point_where_the_teacher_s_do(packaged):
 
 def test_a_place_or_a_precision_that_is_not_there_is_named_before_any_work():
     for how, says in ((dict(device="gpu"), "device='gpu'"), (dict(dtype=torch.int8), "dtype=torch.int8"), (dict(dtype="half"), "dtype='half'")):
-        with pytest.raises(ValueError, match=says): load_teacher("no/such/folder", **how)
+        with pytest.raises(ValueError, match=says): F.load_teacher("no/such/folder", **how)
 
 
 def test_embeddings_that_float16_would_lose_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="too small for float16"): save_embeddings(tmp_path / "a.safetensors", np.full((2, 3), 1e-9), ["a", "b"])
+    with pytest.raises(ValueError, match="too small for float16"): F.save_embeddings(tmp_path / "a.safetensors", np.full((2, 3), 1e-9), ["a", "b"])
