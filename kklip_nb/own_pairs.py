@@ -27,8 +27,9 @@ def _grey(image: Image.Image) -> Image.Image:
     "Grey of more than 8 bits as mode L; the highest value, or for 16 bits the mode, tells white."
     values = np.asarray(image)
     whites = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
-    over = 1.02 if image.mode == "F" else 1  # resampling goes a little beyond white
-    white = next((w for w in whites if values.min() >= 0 and values.max() <= over * w), None)
+    most = [1.02 if w == 1 else w for w in whites]  # resampling goes a little beyond white
+    fits = (w for w, m in zip(whites, most) if values.min() >= 0 and values.max() <= m)
+    white = next(fits, None)
     if white is None:
         raise ValueError(f"grey from {values.min()} to {values.max()} (mode {image.mode}); "
                          f"expected 0 to {whites[-1]}")

@@ -69,7 +69,7 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:  # (q, k) rows of the pictures, best first; (q, k) their cosines
     "Words in, pictures out; raises ValueError for an empty query or another student's pictures."
     texts = query_features(student, queries)
-    if len(as_array(pictures)): pictures = _unit_rows("pictures", pictures)
+    if getattr(pictures, "shape", (1,))[:1] != (0,): pictures = _unit_rows("pictures", pictures)
     whole = isinstance(k, (int, np.integer)) and k >= 1
     if not whole or pictures.ndim != 2 or pictures.shape[1] != texts.shape[1]:
         raise ValueError(f"k={k}, pictures {tuple(pictures.shape)}; "

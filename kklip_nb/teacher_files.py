@@ -178,11 +178,14 @@ def _token_ids(teacher: Teacher, texts: list[str], **how: Any) -> list[list[int]
 # %% ../nbs/appendix/own_teacher.ipynb #c514f4af
 def _check_place(device: Any, dtype: Any) -> None:
     "A ValueError unless there is such a device, and such numbers."
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ValueError(f"dtype={dtype!r}; expected torch.float32, bfloat16 or float16")
-    try: torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device={device!r} is not there: {error}") from error
+    try: place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: {error}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch finds no such GPU; use 'cpu'")
 
 
 def load_teacher(

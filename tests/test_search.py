@@ -176,7 +176,7 @@ def test_an_empty_query_is_refused(student, features, queries):
 
 @pytest.mark.parametrize("bad, k", [(torch.zeros(4, 7), 5), (torch.zeros(128), 5), (np.zeros((4, 7)), 5), *((None, k) for k in (0, -1, 2.0, 2.5, None, "2"))])
 def test_other_pictures_and_none_asked_for_are_refused(student, features, bad, k):
-    with pytest.raises(ValueError, match="expected k of 1 or more"): S.search(student, features if bad is None else bad, "dog", k)
+    with pytest.raises(ValueError, match="expected k of 1 or more|expected .n, d."): S.search(student, features if bad is None else bad, "dog", k)
 
 
 @pytest.mark.parametrize("bad, said", [(float("nan"), "NaN"), (float("inf"), "NaN|infinite")])

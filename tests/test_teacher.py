@@ -466,7 +466,7 @@ def test_a_text_without_tokens_is_named(tiny):
     assert T.embed_captions(tiny, ["dog", " "], prompt="say {}").shape == (2, 32)  # with a prompt there is something to read
 
 
-@pytest.mark.parametrize("captions, said", [([], "no captions"), (["dog", "\ud800"], "cannot be encoded|can be encoded"), (["dog", None], "row 1 is no text"), (None, "row 0 is no text"), (np.array([["dog"]]), "row 0 is no text")])
+@pytest.mark.parametrize("captions, said", [([], "no captions"), (["dog", "\ud800"], "cannot be encoded|can be encoded"), (["dog", None], "row 1 is no text"), (None, "row 0 is no text"), (np.array([["dog"]]), "pass one column")])
 def test_every_reader_of_texts_refuses_the_same(tiny, captions, said):
     for read in (T.hidden_states, T.input_embeddings, T.embed_captions):
         with pytest.raises(ValueError, match=said): read(tiny, captions)
@@ -698,6 +698,10 @@ def test_weights_go_straight_to_the_device(tiny, tmp_path, monkeypatch, device, 
     import transformers
     asked, folder, load = [], saved(tiny, tmp_path), transformers.AutoModel.from_pretrained
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *a, **k: asked.append(k.pop("device_map")) or load(*a, **k))
+    if place:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="finds no such GPU"): T.load_teacher(folder, device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     T.load_teacher(folder, device)
     assert asked == [place]
 
@@ -900,7 +904,7 @@ def test_the_recorded_words_point_where_the_teacher_s_do(packaged):
 
 
 def test_a_place_or_a_precision_that_is_not_there_is_named_before_any_work():
-    for how, says in ((dict(device="gpu"), "device='gpu'"), (dict(dtype=torch.int8), "dtype=torch.int8"), (dict(dtype="half"), "dtype='half'")):
+    for how, says in ((dict(device="gpu"), "device='gpu'"), (dict(dtype=torch.int8), "dtype=torch.int8"), (dict(dtype="half16"), "dtype='half16'")):
         with pytest.raises(ValueError, match=says): F.load_teacher("no/such/folder", **how)
 
 
