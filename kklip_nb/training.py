@@ -458,6 +458,7 @@ class _Saved(NamedTuple):
 
 def _read_checkpoint(path: str | Path) -> _Saved:
     if not Path(path).exists(): raise FileNotFoundError(f"no checkpoint at {path}; train first")
+    if Path(path).is_dir(): raise ValueError(f"{path} is a folder; give a checkpoint's file")
     try:
         with safe_open(path, framework="pt") as file:
             said, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}

@@ -240,7 +240,7 @@ def test_hostile_model_folder_runs_no_code(tmp_path):
     "A teacher's folder that asks for code of its own is refused, and the code is not run."
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"})))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilConfig: pass\nclass EvilModel: pass\n")
-    with pytest.raises(FileNotFoundError, match="cannot load teacher"): teacher.load_teacher(str(tmp_path))
+    with pytest.raises(ValueError, match="cannot load teacher"): teacher.load_teacher(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
@@ -367,7 +367,7 @@ def test_a_file_where_a_folder_belongs_is_named(finished, tmp_path, capsys):
     for run in (tmp_path / "file", tmp_path / "file" / "run"):
         assert main(["train", str(finished / "data"), str(run), "--layer", "-1", *SMALL]) == 1
         error = capsys.readouterr().err.strip()
-        assert str(run) in error and error.endswith("expected a folder there") and len(error.splitlines()) == 1
+        assert str(run) in error and error.endswith(("expected a folder there", "give a folder")) and len(error.splitlines()) == 1
     assert message(IsADirectoryError(errno.EISDIR, "Is a directory", "log.csv")).endswith("'log.csv'; expected a file there")
 
 

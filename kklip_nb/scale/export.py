@@ -170,13 +170,13 @@ def export_run(
     path = Path(checkpoint) if checkpoint else newest_checkpoint(run)
     if path is None:
         raise FileNotFoundError(f"no checkpoint in {run} yet; wait for the first, or train")
-    metadata, tensors = _read_checkpoint(path)
-    last = [{}, *json.loads(metadata["history"])][-1]
+    saved = _read_checkpoint(path)
+    last = [{}, *saved.history][-1]
     check_found(path, last, dict(data=facts["data"]["key"]), "give a checkpoint of this run")
-    recipe = _recipe(path, json.loads(metadata["recipe"]))
+    recipe = _recipe(path, saved.recipe)
     student = build_student(recipe.student, imagenet=False, train_image="all")
     _keep_pixels(student, recipe)
-    state = {k.removeprefix(mark): v for k, v in tensors.items() if k.startswith(mark)}
+    state = {k.removeprefix(mark): v for k, v in saved.tensors.items() if k.startswith(mark)}
     student.clip.load_state_dict(state)
     folder = export_model(student, recipe.student, run / "model")
     digest = file_hash(folder / HF_SAFE_WEIGHTS_NAME)
