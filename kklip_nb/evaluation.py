@@ -18,8 +18,8 @@ from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
 from .data import as_texts, words_of
-from .tools import (as_read, booleans, finite_matrix, finite_numbers, known_ids, row_numbers,
-                            same_ids, whole_number)
+from .tools import (as_read, booleans, finite_matrix, finite_numbers, known_ids,
+                            row_numbers, same_ids, whole_number)
 
 # %% ../nbs/07_evaluation.ipynb #c3091a64
 def _unit_rows(name: str, features: Any) -> np.ndarray:

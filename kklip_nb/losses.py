@@ -88,6 +88,15 @@ def _check_labels(logits: torch.Tensor, concepts: torch.Tensor, ignore_index: in
     _check_device("logits", logits, "concepts", concepts)
 
 # %% ../nbs/04_losses.ipynb #9f6b1176
+def _check_options(k: int, weight: torch.Tensor | None, label_smoothing: float) -> None:
+    if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing <= 1):
+        raise ValueError(f"label_smoothing={label_smoothing}; expected 0 to 1")
+    if weight is None: return
+    _check_tensor("weight", weight)
+    if weight.shape != (k,):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({k},), one a concept")
+
+
 def _check_probabilities(concepts: torch.Tensor) -> None:
     concepts = _wide(concepts)
     _check_finite(concepts=concepts)
@@ -127,8 +136,7 @@ def concept_loss(
     With `validate` ValueError also for such ids, rows that are no probabilities, NaN, infinity."""
     _check_matrix("logits", logits)
     _check_labels(logits, concepts, ignore_index)
-    if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing <= 1):  # torch takes it for 0
-        raise ValueError(f"label_smoothing={label_smoothing}; expected 0 to 1")
+    _check_options(logits.shape[1], weight, label_smoothing)
     soft, skipped = concepts.is_floating_point(), _NO_ID if ignore_index is None else ignore_index
     if validate:
         _check_finite(logits=logits)
@@ -136,12 +144,7 @@ def concept_loss(
         else: _check_ids(concepts, logits.shape[1], skipped)
     logits = _wide(logits)
     concepts = concepts.detach().to(logits.dtype if soft else torch.long)
-    if weight is not None:
-        _check_tensor("weight", weight)
-        if weight.shape != logits.shape[1:]:
-            raise ValueError(f"weight has shape {tuple(weight.shape)}; "
-                             f"expected one for each of {logits.shape[1]} concepts")
-        weight = weight.to(logits.dtype)
+    if weight is not None: weight = weight.to(logits.dtype)
     return F.cross_entropy(logits, concepts, weight, ignore_index=skipped,
                            reduction=reduction, label_smoothing=label_smoothing)
 

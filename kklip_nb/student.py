@@ -57,6 +57,14 @@ def _as_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:  # in their
         raise ValueError(f"images of type {x.dtype}; expected those of prepare_images")
     return x.to(next(module.parameters()).dtype)
 
+def _missing(context_length: int, tokens: torch.Tensor) -> int:
+    "Columns up to the context's length; below 0 for zeros too many."
+    missing = context_length - tokens.shape[1]
+    if missing < 0 and tokens[:, missing:].any():
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected at most "
+                         f"{context_length} columns: tokenize for this student")
+    return missing
+
 # %% ../nbs/03_student.ipynb #11aa6b01
 class Towers(nn.Module):
     "An open_clip model as this course uses it: two encoders, a clipped scale, fixed BatchNorm."
@@ -77,12 +85,8 @@ class Towers(nn.Module):
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:  # (n, t) ids → (n, d), raw
         "The features at the end-of-text token; the same for every t that cuts no caption."
-        missing = self.clip.context_length - tokens.shape[1]
-        if missing < 0 and tokens[:, missing:].any():
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected at most "
-                             f"{self.clip.context_length} columns: tokenize for this student")
-        tokens, missing = tokens[:, :self.clip.context_length], max(0, missing)
-        if missing and _ignores_padding(self.clip): return _encode_short(self.clip, tokens)
+        missing = _missing(self.clip.context_length, tokens)
+        if missing > 0 and _ignores_padding(self.clip): return _encode_short(self.clip, tokens)
         return self.clip.encode_text(F.pad(tokens, (0, missing)), normalize=False)
 
     @property
@@ -313,7 +317,7 @@ def check_activation(
 # %% ../nbs/03_student.ipynb #f1f8af2c
 def _model_config(name: str) -> dict[str, Any]:
     "The configuration of a model whose captions our tokeniser can write, or a ValueError."
-    if str(name).replace("/", "-") not in open_clip.list_models():  # nor a folder or a repository, which may be anything
+    if str(name).replace("/", "-") not in open_clip.list_models():  # nor a folder or a repository
         raise ValueError(f"no model {name!r}; expected 'kklip-laptop' or one of "
                          "open_clip.list_models(), with its file of weights as `pretrained`")
     config = open_clip.get_model_config(name.replace("/", "-"))

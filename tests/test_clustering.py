@@ -558,7 +558,7 @@ def test_damage_settings_that_cannot_be(files, tmp_path, wrong, match):
 
 @pytest.mark.parametrize("normalise", ["unit", "raw"])
 def test_damage_embeddings_of_zeros(tmp_path, normalise):
-    with pytest.raises(ValueError, match="all embeddings are zero"): cluster_shards(sidecars_of(tmp_path, np.zeros((6, D)), 3), tmp_path / "c", 2, normalise=normalise)
+    with pytest.raises(ValueError, match="all are zero"): cluster_shards(sidecars_of(tmp_path, np.zeros((6, D)), 3), tmp_path / "c", 2, normalise=normalise)
 
 
 def test_damage_concepts_that_no_shard_has_given(tmp_path):

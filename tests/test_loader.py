@@ -427,7 +427,7 @@ def test_without_augmentation_a_picture_is_open_clip_s_of_this_model(vision, tmp
     "Ours, a small transformer and a small ResNet: they differ in size, mean and spread."
     name = f"kklip-with-{vision['image_size']}" if vision else "kklip-laptop"
     if vision:
-        (tmp_path / f"{name}.json").write_text(json.dumps(dict(embed_dim=16, vision_cfg=vision, text_cfg=dict(context_length=8, vocab_size=64, width=16, heads=2, layers=1))))
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(embed_dim=16, vision_cfg=vision, text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))))
         open_clip.add_model_config(tmp_path)
     student = build_student(name, None, 16, 4, imagenet=False, train_image="all")
     theirs = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.clip)), is_train=False)

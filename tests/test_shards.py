@@ -95,7 +95,7 @@ def test_endings_in_capitals_and_hidden_files(tmp_path):
     assert list_shards(tmp_path) == [str(path)] and write_shards(pairs(2), tmp_path, size=8) == [path]
     upper = path.rename(tmp_path / "00000.TAR")
     assert list_shards(tmp_path) == [str(upper)] and shard_name(upper) == shard_name("https://host/00000.TAR?x") == "00000"
-    with pytest.raises(ValueError, match="holds other shards, such as 00000.TAR"): write_shards(pairs(2), tmp_path, size=8)
+    with pytest.raises(ValueError, match="holds other shards .00000.TAR."): write_shards(pairs(2), tmp_path, size=8)
 
 
 def test_shards_and_their_names():
@@ -229,9 +229,9 @@ def test_hostile_pictures_that_make_pillow_raise_anything(monkeypatch):
     for error in (ZeroDivisionError, struct.error, KeyError, MemoryError):
         def bad(*_, error=error, **__): raise error("deep inside")
         with monkeypatch.context() as patch:
-            patch.setattr(Image.Image, "getexif", bad)
+            patch.setattr(Image.Image, "getexif", bad)  # viewers show the picture all the same
             good, skipped = usable_samples([dict(__key__="k", jpg=JPG, txt=b"x")])
-            assert not good and "the picture is broken" in skipped["k"]
+            assert [s.image for s in good] == [JPG] and not skipped
         with monkeypatch.context() as patch:
             patch.setattr(Image, "open", bad)
             with pytest.raises(ValueError, match=f"no JPEG, PNG or WebP picture .{error.__name__}"): open_picture(JPG)
@@ -499,7 +499,7 @@ def test_damage_folder_of_other_shards(files):
     folder = Path(files.urls[0]).parent
     before = [Path(u).read_bytes() for u in files.urls]
     with pytest.raises(ValueError, match="00000.tar holds other pairs"): write_shards([(i, c + "!") for i, c in pairs()], folder, PER, 12)
-    with pytest.raises(ValueError, match="holds other shards, such as 00002.tar"): write_shards(pairs(16), folder, PER, 12)
+    with pytest.raises(ValueError, match="holds other shards .00002.tar."): write_shards(pairs(16), folder, PER, 12)
     with pytest.raises(ValueError, match="00000.tar holds other pairs"): write_shards(pairs(), folder, PER, 13)
     with pytest.raises(ValueError, match="00000.tar holds other pairs"): write_shards(pairs(), folder, PER - 1, 12)
     assert [Path(u).read_bytes() for u in files.urls] == before

@@ -166,7 +166,6 @@ def _start(
     if not 1 <= k <= total:
         raise ValueError(f"k={k} concepts from {total} captions; expected 1 <= k <= {total}")
     scale = fit_scale((piece for s in sidecars for piece in slices_of(s, rows)), normalise)
-    if not scale.length: raise ValueError("all embeddings are zero; embed with another layer")
     centroids = first_centroids(sidecars, scale, k, seed)
     return dict(mean=scale.mean, length=np.array([scale.length]),
                 inertia=np.zeros(1), done=np.zeros(1, int),
