@@ -33,5 +33,5 @@ rm -rf build/site build/run && mkdir -p build/run
 python -m pip install --quiet --no-deps --no-build-isolation --target build/site .
 rm -rf build/lib build/bdist.*
 tests="$PWD/tests" site="$PWD/build/site"
-(cd build/run && PYTHONPATH="$site" KKLIP_SITE="$site" python -m pytest "$tests" -c "$tests/../pyproject.toml" --rootdir "$tests" -p no:cacheprovider -q)
+(cd build/run && PYTHONPATH="$site" KKLIP_SITE="$site" python -m pytest "$tests" -c "$tests/../pyproject.toml" --rootdir "$tests" -p no:cacheprovider -q -n 2 --dist loadfile)
 step "done"
