@@ -74,7 +74,13 @@ def test_counting_allocates_nothing_and_leaves_the_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_rehearsal_of_the_paper_passes_without_a_hub(tmp_path):
+@pytest.fixture
+def roomy(monkeypatch):
+    "A disk with 100 GB free, whatever this machine has."
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 10**9))
+
+
+def test_rehearsal_of_the_paper_passes_without_a_hub(tmp_path, roomy):
     "The whole of `kklip train data run --recipe paper --dry-run`: true ViT-B/32, width 4096."
     found = {what: (outcome, text) for what, outcome, text in rehearse(PAPER, tmp_path)}
     assert {o for o, _ in found.values()} <= {"ok", "unknown"}, found
@@ -82,7 +88,7 @@ def test_rehearsal_of_the_paper_passes_without_a_hub(tmp_path):
     assert not list(tmp_path.iterdir()), "a rehearsal leaves nothing"
 
 
-def test_rehearsal_finds_what_is_wrong(tmp_path, monkeypatch, capsys):
+def test_rehearsal_finds_what_is_wrong(tmp_path, monkeypatch, capsys, roomy):
     monkeypatch.setattr(rehearsal, "rehearse_stages", lambda *args: {})
     def failed(**changes): return {w for w, o, _ in rehearse(dataclasses.replace(PAPER, **changes.pop("recipe", {})), tmp_path, **changes) if o == "fail"}
     assert failed() == set()
