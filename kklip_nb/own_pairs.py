@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from .data import Pairs, check_size, fold_caption
+from .data import Pairs, fold_caption
+from .tools import whole_number
 
 # %% ../nbs/appendix/own_pairs.ipynb #6b97f3cc
 def _grey(image: Image.Image) -> Image.Image:
@@ -75,8 +76,7 @@ def read_image(
     size: int,  # side of the result in pixels
 ) -> np.ndarray:  # (size, size, 3) uint8, RGB on white, padded to a square
     "One picture, whole: the longer side is fitted, the rest is white."
-    check_size(size)
-    image = decode_image(source)
+    size, image = whole_number("size", size), decode_image(source)
     sides = [max(1, round(side * (size / max(image.size)))) for side in image.size]
     square = Image.new("RGB", (size, size), "white")
     whole = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=2.0)
@@ -91,7 +91,7 @@ def _readable(caption: object) -> bool:  # is there anything to read, and can it
 
 def _pairs_from_columns(picture: Callable[[int], Any], captions: Sequence, size: int) -> Pairs:
     "Pairs from the picture of each row and captions; the base concept is the caption, folded."
-    check_size(size)
+    size = whole_number("size", size)
     if not len(captions):
         raise ValueError("no captions: the table is empty; expected at least one row")
     if bad := [i for i, caption in enumerate(captions) if not _readable(caption)]:

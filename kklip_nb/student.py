@@ -304,7 +304,7 @@ def check_activation(
     pretrained: str,  # one of its pretrained tags; of anything else nothing is known, and it passes
 ) -> None:
     "open_clip warns when weights meet another activation than their own; we raise ValueError."
-    name = name.replace("/", "-")  # as open_clip reads it
+    name = _plain(name)
     weights = open_clip.get_pretrained_cfg(name, str(pretrained))
     if not weights: return
     wanted = bool(weights.get("quick_gelu", False))
@@ -315,12 +315,15 @@ def check_activation(
                          f"use {other!r}")
 
 # %% ../nbs/03_student.ipynb #f1f8af2c
+def _plain(name: str) -> str:  # ViT-B/32 is ViT-B-32, as open_clip reads it
+    return name.replace("/", "-") if isinstance(name, str) and ":" not in name else name
+
 def _model_config(name: str) -> dict[str, Any]:
     "The configuration of a model whose captions our tokeniser can write, or a ValueError."
-    if str(name).replace("/", "-") not in open_clip.list_models():  # nor a folder or a repository
+    if name not in open_clip.list_models():  # nor a folder or a repository
         raise ValueError(f"no model {name!r}; expected 'kklip-laptop' or one of "
                          "open_clip.list_models(), with its file of weights as `pretrained`")
-    config = open_clip.get_model_config(name.replace("/", "-"))
+    config = open_clip.get_model_config(name)
     text = config["text_cfg"]
     other = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     if not other and (text.get("tokenizer_kwargs") or "siglip" in name.lower()):
@@ -353,6 +356,7 @@ def build_student(
     projection: str = "linear",  # to the teacher's dimension: 'linear' or 'mlp'
 ) -> Student:
     "A student ready to train; ValueError for a model or for weights that do not fit."
+    name = _plain(name)
     embed_dim, ours = _model_config(name)["embed_dim"], name == "kklip-laptop"
     _check_student(teacher_dim, n_concepts, train_image, projection)
     if pretrained is not None: pretrained = _weights(name, pretrained)

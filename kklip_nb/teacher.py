@@ -33,7 +33,8 @@ def hidden_states(
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:  # per layer (n, t, d), from 0 on; mask (n, t)
     "Everything the teacher computes on the way: one tensor a layer, the token embeddings first."
     captions, model = _check_texts(captions), teacher.model
-    _check_decoder(model.config); _token_ids(teacher, captions)
+    _check_decoder(model.config)
+    if [] in _token_ids(teacher, captions): raise ValueError("a text without tokens; drop it")
     read = teacher.tokenizer(captions, return_tensors="pt", padding=True).to(model.device)
     tokens = {name: read[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode(): out = model(**tokens, output_hidden_states=True)

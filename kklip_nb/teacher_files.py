@@ -106,6 +106,8 @@ def _explain(name: str | Path, error: Exception, folder: str | Path = "") -> Exc
     if os.path.isdir(str(folder or name)):
         again = "delete it, and it is made again" if name == "smollm2" else "save it again"
         return ValueError(f"{what}if a file in {folder or name} is missing or damaged, {again}")
+    is_path = isinstance(name, Path) or str(name)[:1] in "./~" or str(name).count("/") > 1
+    if is_path: what = f"cannot load teacher {str(name)!r}: there is no such folder; "
     return FileNotFoundError(
         f"{what}expected 'smollm2', a local folder with a saved "
         "transformers model, or the name of a decoder on the Hugging Face hub")
@@ -187,7 +189,7 @@ def _check_place(device: Any, dtype: Any) -> None:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch finds no such GPU; use 'cpu'")
 
-
+# %% ../nbs/appendix/own_teacher.ipynb #c514f4af-1
 def load_teacher(
     name: str | Path = "smollm2",  # packaged; or a folder ('./smollm2'), or a decoder on the hub
     device: str = "cpu",  # where the model runs

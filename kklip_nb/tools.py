@@ -68,7 +68,7 @@ def save_tensors(
 ) -> Path:
     "Write tensors and metadata, whole or not at all; the same content always as the same bytes."
     def write(part: Path) -> None:
-        rows = {k: np.asarray(v, order="C") for k, v in tensors.items()}  # or columns would be saved
+        rows = {k: np.asarray(v, order="C") for k, v in tensors.items()}  # else columns are saved
         save_file(rows, part, metadata=metadata)
         with open(part, "r+b") as file:
             size = int.from_bytes(file.read(8), "little")

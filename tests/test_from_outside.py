@@ -2,7 +2,6 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,9 @@ from kklip_nb.evaluation import chance_levels, item_scores, words_seen
 from kklip_nb.evidence.other_words import score_lines
 from kklip_nb.evidence.study import Difference, plot_differences, write_rows
 from kklip_nb.evidence.text_probe import matches_by_kind
+from kklip_nb.scale.shards import usable_samples
 from kklip_nb.search import search
+from kklip_nb.teacher import load_teacher
 from kklip_nb.training import load_checkpoint
 from kklip_nb.visualization import concept_names, plot_concepts
 
@@ -79,8 +80,13 @@ def test_raw_pixels_are_no_prepared_images(student):
         with pytest.raises(ValueError, match="expected those of prepare_images"): student.encode_image(pixels)
 
 
-def test_a_slash_in_a_model_s_name_is_open_clip_s_own_way():
-    assert S._model_config("ViT-B/32") == open_clip.get_model_config("ViT-B-32")
+def test_a_slash_in_a_model_s_name_is_open_clip_s_own_way(monkeypatch):
+    class Built(Exception): pass
+    def build(name, pretrained, **how): raise Built(name, pretrained)
+    monkeypatch.setattr(S, "_create_clip", build)
+    with pytest.raises(ValueError, match="need quick_gelu"): S.build_student("ViT-B/32", "openai", 8, 3)
+    with pytest.raises(Built) as found: S.build_student("ViT-B/32-quickgelu", "openai", 8, 3)
+    assert found.value.args == ("ViT-B-32-quickgelu", "openai")
 
 
 def test_whole_numbers_have_soft_labels_that_are_not_whole():
@@ -91,3 +97,27 @@ def test_whole_numbers_have_soft_labels_that_are_not_whole():
 
 def test_a_folder_is_no_checkpoint(student, tmp_path):
     with pytest.raises(ValueError, match="is a folder"): load_checkpoint(tmp_path, student, None, None)
+
+
+def test_a_teacher_s_folder_that_is_not_there_is_a_folder_that_is_not_there(tmp_path):
+    for name in ("./nowhere", tmp_path / "nowhere", str(tmp_path / "a" / "b"), "~/nowhere"):
+        with pytest.raises(FileNotFoundError, match="there is no such folder"): load_teacher(name)
+
+
+def test_what_a_shard_s_sample_holds_is_told():
+    _, skipped = usable_samples([dict(__key__="0", gif=b"GIF89a", txt=b"a dog")])
+    assert skipped == {"0": "there is no picture; its members: gif, txt"}
+
+
+def test_one_address_is_one_shard(tmp_path):
+    from kklip_nb.scale.export import _held_out
+    from kklip_nb.scale.shards import write_shards
+    (path,) = write_shards([(np.full((8, 8, 3), i, np.uint8), f"thing {i}") for i in range(4)], tmp_path, size=8)
+    assert [s.caption for s in _held_out(str(path), 9, ())] == [f"thing {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("text", ['"run"', '{"recipe": null, "data": 1}', "[1]", "null"])
+def test_a_file_of_a_run_that_says_nothing_is_named(tmp_path, text):
+    from kklip_nb.scale.export import read_json
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match="run.json is damaged or not of this package.*run it again"): read_json(tmp_path / "run.json", ("recipe", "data"), "run it again")

@@ -174,7 +174,7 @@ def test_a_picture_without_pixels_is_refused(mode, size):
         with pytest.raises(ValueError, match="no pixels"): read(Image.new(mode, size))
 
 
-@pytest.mark.parametrize("size", [0, -3, 8.0, "8", None])
+@pytest.mark.parametrize("size", [0, -3, "8", None])
 def test_a_size_that_cannot_be_is_named(size):
     for act in (lambda: read_image(red(4, 4), size), lambda: load_dataset_pairs([dict(image=red(4, 4), caption="x")], size=size)):
         with pytest.raises(ValueError, match=f"^size={size!r}; expected a whole number"): act()

@@ -28,7 +28,7 @@ from ..data import fold_caption
 from ..evaluation import median_rank, retrieval_recall
 from ..own_pairs import decode_image
 from .long_run import check_limits, newest_checkpoint
-from .shards import Sample, open_picture, read_shard, usable_samples
+from .shards import Sample, name_shards, open_picture, read_shard, usable_samples
 from ..student import Student, Towers, _model_config, build_student
 from ..teacher import captions_hash
 from ..tools import check_found, file_hash, write_atomically
@@ -78,7 +78,8 @@ def read_json(
         raise FileNotFoundError(f"{path} is missing; give a folder that kklip train made")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if missing := [name for name in names if name not in facts]:
+        if not isinstance(facts, dict): raise ValueError("it holds no object")
+        if missing := [name for name in names if facts.get(name) is None]:
             raise ValueError(f"it says nothing of {missing[0]!r}")
         return facts
     except (ValueError, OSError, TypeError) as error:
@@ -181,7 +182,7 @@ def export_run(
     folder = export_model(student, recipe.student, run / "model")
     digest = file_hash(folder / HF_SAFE_WEIGHTS_NAME)
     model = dict(checkpoint=path.name, steps=last["step"] + 1, sha256=digest)
-    known = facts.get("model", {}).get("sha256")
+    known = (facts.get("model") or {}).get("sha256")
     if known != digest: (run / "results.json").unlink(missing_ok=True)
     write_json(run / "run.json", facts | dict(model=model, recipe=dataclasses.asdict(recipe)))
     return write_card(run).parent
@@ -190,7 +191,7 @@ def export_run(
 def _held_out(urls: Sequence[str], limit: int, trained_on: Collection[str]) -> list[Sample]:
     "The first usable pairs; a ValueError for a shard whose captions were trained on."
     samples: list[Sample] = []
-    for url in urls:
+    for url in name_shards(urls):
         good, _ = usable_samples(read_shard(url))
         folded = json.dumps([zlib.crc32(fold_caption(s.caption).encode()) for s in good])
         known = captions_hash(folded), captions_hash([s.caption for s in good])  # formerly as it is

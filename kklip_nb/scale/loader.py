@@ -16,7 +16,7 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from ..own_pairs import decode_image
 from .clustering import join_shard, load_concepts
 from .embeddings import Sidecar, open_sidecars
 from .shards import Sample, name_shards, open_picture
-from ..student import Student, cut_padding, prepare_images
+from ..student import Student, _tokenizer, cut_padding, prepare_images
 from ..tools import check_found, file_hash
 from ..training import Inputs, Recipe
 
@@ -280,9 +280,6 @@ class ShardStream(IterableDataset):
             for pairs in read_pairs(self.data, parts): yield self.make(pairs, epoch=epoch)
 
 # %% ../../nbs/scale/04_loader.ipynb #8f998017
-_tokenizer = lru_cache(open_clip.SimpleTokenizer)  # it reads its vocabulary from a file, once
-
-
 def read_steps(
     student: Student,
     data: ShardData,

@@ -326,7 +326,8 @@ def _first_good(raw: dict, endings: tuple[str, ...], read: Callable, missing: st
     for ending in (e for e in endings if e in raw):
         try: return read(ending, raw[ending])
         except ValueError as error: reasons.append(f"{ending}: {error}")
-    raise ValueError("; ".join(reasons) or missing + _dots_in(raw))
+    found = ", ".join(sorted({*raw} - {"__key__", "__url__"})) or "none"
+    raise ValueError("; ".join(reasons) or f"{missing}; its members: {found}{_dots_in(raw)}")
 
 
 def _caption_in(ending: str, data: bytes) -> str:
