@@ -356,8 +356,7 @@ def build_student(
     projection: str = "linear",  # to the teacher's dimension: 'linear' or 'mlp'
 ) -> Student:
     "A student ready to train; ValueError for a model or for weights that do not fit."
-    name = _plain(name)
-    embed_dim, ours = _model_config(name)["embed_dim"], name == "kklip-laptop"
+    embed_dim, ours = _model_config(name := _plain(name))["embed_dim"], name == "kklip-laptop"
     _check_student(teacher_dim, n_concepts, train_image, projection)
     if pretrained is not None: pretrained = _weights(name, pretrained)
     imagenet = imagenet and ours and pretrained is None
