@@ -77,15 +77,17 @@ def _emoji_classes() -> dict[str, dict[str, str]]:
 # %% ../nbs/00_data.ipynb #ad1edd88
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f"
                         "\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+_ALIKE = str.maketrans({"'": "’", "ʼ": "’", "\u2010": "-"})  # OpenMoji writes men’s room
 
 def fold_caption(
     text: str,  # a caption, a base concept or a word
 ) -> str:  # the same for all texts that read the same; empty if there is nothing to read
     """A text without letter case, runs of white space and invisible characters.
 
-    Unicode can write é in two ways; form NFKC makes them one. It also joins x² and x2."""
+    Unicode can write é in two ways; form NFKC makes them one. It also joins x² and x2, and here
+    the straight apostrophe becomes the curly one."""
     if not isinstance(text, str): raise ValueError(f"{text!r:.80} is no text; expected a str")
-    text = _INVISIBLE.sub("", unicodedata.normalize("NFKD", text).casefold())
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFKD", text).casefold()).translate(_ALIKE)
     def seen(c): return c.isspace() or unicodedata.category(c) not in ("Cc", "Cf")
     return " ".join(unicodedata.normalize("NFKC", "".join(filter(seen, text))).split())
 

@@ -106,7 +106,7 @@ def test_a_transparent_picture_is_evaluated_on_white_and_upright(tmp_path, monke
 def test_the_card_states_data_teacher_recipe_and_results(finished):
     card, scores = (finished / "run" / "model" / "README.md").read_text(), json.loads((finished / "run" / "results.json").read_text())["scores"]
     for needed in ("- pairs: 40", "- teacher: smollm2 sha256:0", "- k: 4 (the paper: not said)", "- beta: 1.0 (the paper: 0.01)",
-                   f"| i2t_r5 | {100 * scores['i2t_r5']:.1f} |", "On 40 pairs of held-out"):
+                   f"| i2t_r5 | {100 * scores['i2t_r5']:.1f} |", f"| i2t_median_rank | {scores['i2t_median_rank']:.1f} |", "On 40 pairs of held-out"):
         assert needed in card, needed
 
 
