@@ -376,6 +376,15 @@ def test_few_pairs_are_in_memory_at_once(data, monkeypatch):
     [(_, parts)] = deal_run(data, dataclasses.replace(RECIPE, epochs=1), 1)
     for pairs in loader.read_pairs(data, parts): del pairs
     assert PER_SHARD <= Counted.most < 3 * PER_SHARD and Counted.alive == 0
+    for pairs in loader.read_pairs(data, parts[::3]): alive, size = Counted.alive, len(pairs)
+    assert alive == size  # at the end: what the other workers take is not kept
+
+
+def test_pairs_come_in_the_order_of_the_parts(data):
+    [(_, parts)] = deal_run(data, dataclasses.replace(RECIPE, epochs=1), 1)
+    captions = [[s.caption for s in loader.join_shard(url, sidecar, data.concepts).samples] for url, sidecar in zip(data.urls, data.sidecars)]
+    for part, pairs in zip(parts.tolist(), loader.read_pairs(data, parts), strict=True):
+        assert part != sorted(part) and [p.sample.caption for p in pairs] == [captions[shard][row] for shard, row in part]
 
 
 def test_a_shard_is_read_once_a_stream_and_not_at_all_when_it_is_done(data, monkeypatch):

@@ -4,6 +4,7 @@ import colorsys
 import dataclasses
 import hashlib
 import inspect
+import itertools
 from collections import Counter
 from random import Random
 
@@ -273,7 +274,9 @@ def test_big_things_at_the_edge_stay_whole():
     for place in ("at the top", "at the bottom", "on the left", "on the right"):
         seen = np.abs(draw_scene(Scene("", (Thing("house", adjective="big"),), place=place), 128).astype(int) - 255).sum(-1) > 30
         assert np.ptp(np.nonzero(seen.any(0))[0]) + 1 == pytest.approx(free, abs=3) and not (seen[0].any() or seen[-1].any() or seen[:, 0].any() or seen[:, -1].any())
-    for relation in P.RELATIONS: draw_scene(Scene("", (Thing("house", adjective="big"), Thing("bus", adjective="big")), relation))
+    for relation, noun in itertools.product(P.RELATIONS, P.NOUNS):
+        seen = np.abs(draw_scene(Scene("", (Thing(noun, adjective="big"), Thing("house", adjective="small")), relation), 64).astype(int) - 255).sum(-1) > 30
+        assert not (seen[0].any() or seen[-1].any() or seen[:, 0].any() or seen[:, -1].any()), (noun, relation)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

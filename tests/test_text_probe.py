@@ -49,6 +49,8 @@ def test_the_same_seed_gives_the_same_training():
         autoencoder = P.build_autoencoder(TINY, seed=seed)
         return P.train_autoencoder(autoencoder, TINY, steps=3, batch_size=8, seed=seed)
     assert train(0) == train(0) != train(1)
+    weights = [P.build_autoencoder(TINY, seed=seed).model.shared.weight for seed in (0, 0, 1, 2)]
+    assert torch.equal(*weights[:2]) and not torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], weights[3])
 
 
 def test_padding_does_not_change_a_vector(fresh):
