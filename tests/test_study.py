@@ -214,6 +214,8 @@ def test_what_is_no_file_of_text_is_named(tmp_path):
     with pytest.raises(ValueError, match="no lines to write into .*new.csv"): write_rows(tmp_path / "new.csv", [])
     write_rows(tmp_path / "new.csv", rows := [dict(a="1, 2", b="two\nlines"), dict(a="é", b="")])
     assert read_rows(tmp_path / "new.csv") == rows and [p.name for p in tmp_path.iterdir() if "new" in p.name] == ["new.csv"]
+    with pytest.raises(UnicodeEncodeError): write_rows(tmp_path / "new.csv", [dict(a="1"), dict(a="\ud800")])
+    assert read_rows(tmp_path / "new.csv") == rows  # a write that fails half way leaves what was there
 
 
 def test_the_order_of_the_lines_does_not_matter(lines):
