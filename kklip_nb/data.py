@@ -246,9 +246,8 @@ def caption_batches(
     return deal_captions(captions, order, batch_size)[0]
 
 # %% ../nbs/00_data.ipynb #f9861b93
-_IRREGULAR = {"men": "man", "women": "woman", "people": "person", "children": "child",
-              "feet": "foot", "teeth": "tooth", "mice": "mouse", "lice": "louse", "geese": "goose",
-              "oxen": "ox", "dice": "die"}
+_IRREGULAR = {"people": "person", "feet": "foot", "teeth": "tooth", "mice": "mouse",
+              "lice": "louse", "geese": "goose", "oxen": "ox", "dice": "die"}
 
 def singulars(
     word: str,  # in lower case

@@ -95,8 +95,8 @@ def _pairs_from_columns(picture: Callable[[int], Any], captions: Sequence, size:
     if not len(captions):
         raise ValueError("no captions: the table is empty; expected at least one row")
     if bad := [i for i, caption in enumerate(captions) if not _readable(caption)]:
-        raise ValueError(f"row {bad[0]} has no caption that can be read ({captions[bad[0]]!r:.80}); "
-                         f"{len(bad)} such rows; drop them")
+        raise ValueError(f"row {bad[0]} has no caption that can be read "
+                         f"({captions[bad[0]]!r:.80}); {len(bad)} such rows; drop them")
     images: list[np.ndarray] = []
     for i in range(len(captions)):
         try: images.append(read_image(picture(i), size))

@@ -32,6 +32,7 @@ from timm.models import EfficientNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .data import as_texts
 from .teacher import standardise
 from .tools import as_array, cache_dir, finite_matrix, write_atomically
 
@@ -109,12 +110,7 @@ def tokenize(
     captions: Sequence[str],  # n captions
 ) -> torch.Tensor:  # (n, t) token ids, zeros after the end of the text
     "open_clip's byte-pair tokeniser at the student's context length; longer captions are cut."
-    try: captions = [captions] if isinstance(captions, str) else list(captions)
-    except TypeError: captions = [captions]  # no text: refused below
-    for i, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise ValueError(f"caption {i} is a {type(caption).__name__}; expected text")
-    return _tokenizer(context_length=student.clip.context_length)(captions)
+    return _tokenizer(context_length=student.clip.context_length)(as_texts(captions))
 
 # %% ../nbs/03_student.ipynb #97e6e9e3
 def cut_padding(
@@ -304,7 +300,7 @@ def check_activation(
     pretrained: str,  # one of its pretrained tags; of anything else nothing is known, and it passes
 ) -> None:
     "open_clip warns when weights meet another activation than their own; we raise ValueError."
-    name = _plain(name)
+    name = _model_name(name)
     weights = open_clip.get_pretrained_cfg(name, str(pretrained))
     if not weights: return
     wanted = bool(weights.get("quick_gelu", False))
@@ -315,12 +311,12 @@ def check_activation(
                          f"use {other!r}")
 
 # %% ../nbs/03_student.ipynb #f1f8af2c
-def _plain(name: str) -> str:  # ViT-B/32 is ViT-B-32, as open_clip reads it
+def _model_name(name: str) -> str:  # ViT-B/32 is ViT-B-32, as open_clip reads it
     return name.replace("/", "-") if isinstance(name, str) and ":" not in name else name
 
 def _model_config(name: str) -> dict[str, Any]:
     "The configuration of a model whose captions our tokeniser can write, or a ValueError."
-    if name not in open_clip.list_models():  # nor a folder or a repository
+    if (name := _model_name(name)) not in open_clip.list_models():  # nor a folder or a repository
         raise ValueError(f"no model {name!r}; expected 'kklip-laptop' or one of "
                          "open_clip.list_models(), with its file of weights as `pretrained`")
     config = open_clip.get_model_config(name)
@@ -356,7 +352,7 @@ def build_student(
     projection: str = "linear",  # to the teacher's dimension: 'linear' or 'mlp'
 ) -> Student:
     "A student ready to train; ValueError for a model or for weights that do not fit."
-    embed_dim, ours = _model_config(name := _plain(name))["embed_dim"], name == "kklip-laptop"
+    embed_dim, ours = _model_config(name := _model_name(name))["embed_dim"], name == "kklip-laptop"
     _check_student(teacher_dim, n_concepts, train_image, projection)
     if pretrained is not None: pretrained = _weights(name, pretrained)
     imagenet = imagenet and ours and pretrained is None

@@ -193,10 +193,10 @@ def known_ids(
     ids: Iterable,  # as for same_ids, none of them missing
 ) -> np.ndarray:  # (n,) int64
     "same_ids of one column; ValueError where one is missing, for two of these are not the same."
-    ids = list(ids)
+    (numbers,) = same_ids(ids := list(ids))
     if any(as_read(one) is None for one in ids):
         raise ValueError(f"{name} hold missing values; give each row an id, or leave it out")
-    return same_ids(ids)[0]
+    return numbers
 
 # %% ../nbs/appendix/tools.ipynb #a0000020
 def check_found(

@@ -321,6 +321,7 @@ AGREED = dataclasses.replace(LAPTOP, pooling="last", layer=-1, prompt="{}", k=4,
 @pytest.mark.parametrize("field, value", [("pooling", "mean"), ("layer", 1), ("prompt", "a {}"), ("k", 5), ("normalise", "raw"), ("teacher", "gpt2")])
 def test_a_recipe_that_the_data_were_not_made_with_is_refused(field, value):
     cli.check_agrees(AGREED, data_of())
+    cli.check_agrees(dataclasses.replace(AGREED, teacher="mine"), data_of(teacher="mine"))  # embedded from Python, under a name of one's own
     with pytest.raises(ValueError, match=f"'{field}': .*{value}.*give the same recipe"): cli.check_agrees(dataclasses.replace(AGREED, **{field: value}), data_of())
     cli.check_agrees(dataclasses.replace(AGREED, **{field: value}), data_of(**{field: f"{value} commit:0 bfloat16" if field == "teacher" else str(value)}))
 

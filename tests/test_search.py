@@ -110,6 +110,17 @@ def test_texts_of_unequal_length_are_cut_to_the_longest(student, monkeypatch):
     torch.testing.assert_close(found, torch.cat([S.query_features(student, q) for q in ("dog", "a red dog in the rain")]), rtol=0, atol=1e-5)
 
 
+def test_rows_of_length_one_are_taken_as_they_are(rng):
+    "A query over a million pictures copies none of them; others are brought to length one."
+    rows = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(500, 64)).astype(np.float32)), dim=1)
+    assert S._unit_rows("rows", rows).data_ptr() == rows.data_ptr()
+    for longer in (2 * rows, rows * torch.linspace(1, 1.01, 500)[:, None], rows.double(), rows.numpy(), rows.bfloat16()):
+        torch.testing.assert_close(S._unit_rows("rows", longer), rows, atol=1e-6 if getattr(longer, "dtype", 0) != torch.bfloat16 else 1e-2, rtol=0)
+    broken = rows.clone()
+    broken[7, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN"): S._unit_rows("rows", broken)
+
+
 def test_cosines_are_compared_to_six_places_and_equal_ones_keep_their_order(student):
     text = S.query_features(student, "dog")
     side = torch.nn.functional.normalize(torch.eye(128)[:1] - (torch.eye(128)[:1] @ text.T) * text, dim=1)
@@ -250,7 +261,7 @@ def test_finds_that_do_not_fit_the_queries_are_refused(images, rows):
 
 
 @pytest.mark.parametrize("how, said", [(dict(captions=["x", "y"]), "2 pictures with captions"), (dict(images=2), "2 pictures with captions"), (dict(right=np.ones((2, 2))), r"right has shape \(2, 2\)"), (dict(right=np.ones((3, 2))), r"expected \(2, 3\)"),
-                                       (dict(scores={"B": FOUND}), "scores of shape"), (dict(scores={"A": FOUND[:1]}), r"scores of shape \(1, 2\)"), (dict(scores={"A": 0.5}), r"scores of shape \(\)"), (dict(images=0.5), "expected uint8")])
+                                       (dict(scores={"B": FOUND}), "scores of shape"), (dict(scores={}), r"scores of shape \(0,\)"), (dict(scores={"A": FOUND[:1]}), r"scores of shape \(1, 2\)"), (dict(scores={"A": 0.5}), r"scores of shape \(\)"), (dict(images=0.5), "expected uint8")])
 def test_what_belongs_to_the_finds_must_fit_them(images, how, said):
     how = dict(queries=["one", "two"], found={"A": FOUND}, images=3, captions=list("xyz")) | how
     how["images"] = images[:3] / 2 if how["images"] == 0.5 else images[:how["images"]]

@@ -1,10 +1,12 @@
 """The student against open_clip itself; what trains and what does not; the start from words and from ImageNet."""
 
 import copy
+import dataclasses
 import inspect
 import io
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -17,6 +19,7 @@ from PIL import Image
 from kklip_nb import student as S
 from kklip_nb.losses import concept_loss, contrastive_loss, text_distillation_loss
 from kklip_nb.own_pairs import decode_image, read_image
+from kklip_nb.recipe import Recipe
 
 CAPTIONS = ["dog face", "a red apple", "pizza"]
 
@@ -491,9 +494,9 @@ def test_captions_of_any_container_are_tokenised(captions, tiny):
     assert S.tokenize(tiny, captions).equal(open_clip.get_tokenizer("ViT-B-32")(["dog", "a cat"])[:, :12])
 
 
-@pytest.mark.parametrize("captions, place, kind", [(None, 0, "NoneType"), (["dog", None], 1, "NoneType"), ([float("nan")], 0, "float"), ([b"dog"], 0, "bytes"), ([["dog"]], 0, "list"), (3, 0, "int")])
+@pytest.mark.parametrize("captions, place, kind", [(None, 0, "None"), (["dog", None], 1, "None"), ([float("nan")], 0, "nan"), ([b"dog"], 0, "b'dog'"), ([["dog"]], 0, "dog"), (3, 0, "3")])
 def test_what_is_no_caption_is_refused_with_its_place(captions, place, kind, tiny):
-    with pytest.raises(ValueError, match=f"caption {place} is a {kind}; expected text"): S.tokenize(tiny, captions)
+    with pytest.raises(ValueError, match=f"row {place} is no text: .*{kind}"): S.tokenize(tiny, captions)
 
 
 def test_odd_texts_are_read_as_open_clip_reads_them(tiny):
@@ -659,6 +662,18 @@ def test_every_model_of_open_clip_has_our_tokens_or_is_refused_by_name(monkeypat
 @pytest.mark.parametrize("name", ["hf-hub:timm/x", "local-dir:/tmp", "vit-b-32", "", None, 3])
 def test_a_name_that_is_none_of_open_clip_s_is_refused_with_what_to_do(name):
     with pytest.raises(ValueError, match=f"no model {name!r}; expected .*file of weights as `pretrained`"): S.build_student(name)
+
+
+def test_a_slash_in_a_name_is_read_as_open_clip_reads_it_at_every_stage(monkeypatch):
+    from kklip_nb.scale import export, rehearsal
+    assert S._model_config("ViT-B/32") == S._model_config("ViT-B-32")
+    recipe = Recipe(student="ViT-B/32-quickgelu", pretrained="openai", imagenet=False)
+    assert rehearsal._weights(recipe)[1] == "ok" and rehearsal._weights(dataclasses.replace(recipe, student="ViT-B/32"))[1] == "fail"
+    kept = []
+    monkeypatch.setattr(export, "set_model_preprocess_cfg", lambda clip, config: kept.append(config))
+    monkeypatch.setattr(open_clip, "get_model_preprocess_cfg", lambda clip: {})
+    export._keep_pixels(SimpleNamespace(clip=None), recipe)
+    assert kept == [{k: tuple(open_clip.get_pretrained_cfg("ViT-B-32-quickgelu", "openai")[k]) for k in ("mean", "std")}]
 
 
 @pytest.mark.parametrize("text, says", [(dict(hf_model_name="some/bert"), "'some/bert'"), (dict(vocab_size=32000), "32000"), (dict(tokenizer_kwargs=dict(clean="canonicalize")), "another tokeniser")])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kklip_nb.tools import (as_array, booleans, cache_dir, check_found, file_hash, finite_matrix, finite_numbers, row_numbers, same_ids, save_tensors, whole_number,
+from kklip_nb.tools import (as_array, booleans, cache_dir, check_found, file_hash, finite_matrix, finite_numbers, known_ids, row_numbers, same_ids, save_tensors, whole_number,
                             write_atomically)
 
 ROWS = [[0.5, -1.25], [2.0, 0.125], [4.0, 8.0]]  # exact in every precision
@@ -100,6 +100,9 @@ def test_names_may_be_arrays_and_tensors():
     assert [f.tolist() for f in same_ids(np.array(["é", "a"]), ["a"], [])] == [[1, 0], [0], []]
     for wrong in ([["a"]], torch.ones(2, 2)):
         with pytest.raises(ValueError, match="ids.*expected text or numbers"): same_ids(wrong)
+        with pytest.raises(ValueError, match="ids.*expected text or numbers"): known_ids("groups", wrong)
+    assert known_ids("groups", iter(["b", "a", "b "])).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="groups hold missing values"): known_ids("groups", ["a", None])
 
 
 def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):

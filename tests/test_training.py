@@ -197,7 +197,8 @@ def test_an_interrupted_run_resumes_to_the_bit(tmp_path, monkeypatch):
 def test_a_killed_process_resumes_where_it_was(tmp_path):
     path, recipe = tmp_path / "run.safetensors", dataclasses.replace(TINY, epochs=50)
     code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1)\n"
-            f"from test_training import *\ntrain(tiny_student(), tiny_inputs(), dataclasses.replace(TINY, epochs=50), checkpoint={str(path)!r})")
+            f"from test_training import *\nsave = training.save_checkpoint\n"
+            f"def slowly(*given): save(*given); time.sleep(0.2)\ntraining.save_checkpoint = slowly\ntrain(tiny_student(), tiny_inputs(), dataclasses.replace(TINY, epochs=50), checkpoint={str(path)!r})")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)  # a fork of this process could wait for ever
     deadline = time.time() + 120
     while not path.exists() and time.time() < deadline: time.sleep(0.005)

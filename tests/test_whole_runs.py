@@ -74,10 +74,12 @@ def home(tmp_path_factory):
         model = dict(embed_dim=dim, vision_cfg=dict(image_size=SIZE, patch_size=8, width=32, head_width=16, layers=1),
                      text_cfg=dict(context_length=CONTEXT, vocab_size=VOCABULARY, width=WIDTH, heads=2, layers=1))
         (folder / "configs" / f"{name}.json").write_text(json.dumps(model))
-    open_clip.add_model_config(folder / "configs")
-    torch.manual_seed(77)
-    torch.save(open_clip.create_model("tiny-run").state_dict(), folder / "pretrained.pt")
     with pytest.MonkeyPatch.context() as patch:
+        for name, kind in dict(_MODEL_CONFIG_PATHS=list, _MODEL_CONFIGS=dict).items():  # other tests list open_clip's models
+            patch.setattr(open_clip.factory, name, kind(getattr(open_clip.factory, name)))
+        open_clip.add_model_config(folder / "configs")
+        torch.manual_seed(77)
+        torch.save(open_clip.create_model("tiny-run").state_dict(), folder / "pretrained.pt")
         patch.setenv("KKLIP_CACHE", str(folder / "cache"))
         patch.setattr(training, "tokenize", lambda student, texts: tokens_of(texts))
         patch.setattr(student_module, "_PIECES", VOCABULARY)  # of that toy tokeniser

@@ -194,7 +194,7 @@ def check_agrees(
     from kklip_nb.tools import check_found
     names = ("pooling", "layer", "prompt", "k", "normalise", "teacher")
     wanted, meta = {k: str(getattr(recipe, k)) for k in names}, data.concepts.meta
-    name, digest, *_ = meta["teacher"].split(" ")
+    name, digest, *_ = [*meta["teacher"].split(" "), ""]
     if name == "folder" and recipe.teacher != "smollm2" and Path(recipe.teacher).is_dir():
         name, wanted["teacher"] = f"folder {digest}", _folder_source(recipe.teacher)
     advice = "give the same recipe to all stages"

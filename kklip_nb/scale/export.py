@@ -29,7 +29,7 @@ from ..evaluation import median_rank, retrieval_recall
 from ..own_pairs import decode_image
 from .long_run import check_limits, newest_checkpoint
 from .shards import Sample, name_shards, open_picture, read_shard, usable_samples
-from ..student import Student, Towers, _model_config, build_student
+from ..student import Student, Towers, _model_config, _model_name, build_student
 from ..teacher import captions_hash
 from ..tools import check_found, file_hash, write_atomically
 from ..training import Recipe, _read_checkpoint, recipe_table
@@ -109,7 +109,7 @@ ABOUT = ("Two towers trained with distillation from a language model, concept le
          "contrastive loss (KKLIP, arXiv 2412.03513), by `kklip_nb`.")
 
 # %% ../../nbs/scale/07_export.ipynb #7e100003
-def _plain(value: Any) -> Any:
+def _escaped(value: Any) -> Any:
     "Text that Markdown shows as it is, in one line; anything else unchanged."
     if not isinstance(value, str): return value
     return re.sub(r"([\\`*\[\]<>|$~&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(value.split()))
@@ -119,7 +119,7 @@ def _table(results: dict[str, Any]) -> str:
     "The card's scores."
     n = results["pairs"]
     guessing = f"recall in %, guessing gives {100 / n:.2f} at 1."
-    head = f"On {n} pairs of {_plain(results['data'])}; {guessing}"
+    head = f"On {n} pairs of {_escaped(results['data'])}; {guessing}"
     rows = [f"| {k} | {v if 'rank' in k else 100 * v:.1f} |" for k, v in results["scores"].items()]
     return "\n".join([head, "", "| metric | value |", "|---|---|", *rows])
 
@@ -139,9 +139,9 @@ def write_card(
     path, results = Path(run) / "run.json", Path(run) / "results.json"
     names = ("model", "data", "teacher", "training", "versions")
     facts = read_json(path, (*names, "recipe"), "run kklip export")
-    recipe = {r["setting"]: f"{_plain(r['ours'])} (the paper: {r['paper']})"
+    recipe = {r["setting"]: f"{_escaped(r['ours'])} (the paper: {r['paper']})"
               for r in recipe_table(_recipe(path, facts["recipe"]))}
-    details = {k: {what: _plain(x) for what, x in facts[k].items()} for k in names}
+    details = {k: {what: _escaped(x) for what, x in facts[k].items()} for k in names}
     scores = "Not evaluated yet: `kklip evaluate`."
     if results.exists():
         scores = _table(read_json(results, ("pairs", "data", "scores"), "delete it"))
@@ -155,7 +155,7 @@ def write_card(
 def _keep_pixels(student: Student, recipe: Recipe) -> None:
     "Mean and deviation of the pixels that the run's pretrained weights were trained with."
     if not recipe.pretrained: return
-    weights = open_clip.get_pretrained_cfg(recipe.student, recipe.pretrained)
+    weights = open_clip.get_pretrained_cfg(_model_name(recipe.student), recipe.pretrained)
     pixels = {k: weights[k] for k in ("mean", "std") if k in weights}
     known = open_clip.get_model_preprocess_cfg(student.clip)
     set_model_preprocess_cfg(student.clip, known | pixels)
@@ -194,7 +194,7 @@ def _held_out(urls: Sequence[str], limit: int, trained_on: Collection[str]) -> l
     for url in name_shards(urls):
         good, _ = usable_samples(read_shard(url))
         folded = json.dumps([zlib.crc32(fold_caption(s.caption).encode()) for s in good])
-        known = captions_hash(folded), captions_hash([s.caption for s in good])  # formerly as it is
+        known = captions_hash(folded), captions_hash([s.caption for s in good])  # of older runs
         if not {*known}.isdisjoint(trained_on):
             raise ValueError(f"{url} is one of the shards that were trained on; "
                              "give shards of held-out pairs")

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,7 +29,8 @@ from .loader import open_data
 from .long_run import train_shards
 from .shards import (
     Sample, list_shards, open_picture, read_shard, usable_samples, write_shards)
-from ..student import Student, _create_clip, _model_config, check_activation
+from ..student import Student, _create_clip, _model_config, _model_name
+from ..student import _weights as student_weights
 from ..teacher import Teacher, embed_captions, packaged_teacher
 from ..teacher_files import _unpacked_teacher
 from ..recipe import Recipe
@@ -136,14 +136,11 @@ Finding = tuple[str, str, str]  # what was checked; 'ok', 'unknown' or 'fail'; w
 
 
 def _weights(recipe: Recipe) -> Finding:
-    "Do the pretrained weights fit the student's activation?"
-    name, tag = recipe.student, recipe.pretrained
+    "Are there such weights, and do they fit the student's activation?"
+    tag = recipe.pretrained
     try:
-        if tag: check_activation(name, tag)
+        if tag: student_weights(_model_name(recipe.student), tag)
     except ValueError as error: return "weights", "fail", str(error)
-    if tag and not (open_clip.get_pretrained_cfg(name, tag) or Path(tag).is_file()):
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        return "weights", "fail", f"{tag!r} is no file, and none of the weights of {name}: {tags}"
     return "weights", "ok", f"{tag or 'none'}; fetched when training starts"
 
 
@@ -239,7 +236,7 @@ def rehearse_stages(
 
 # %% ../../nbs/scale/08_rehearsal.ipynb #4764a72e
 def _some_pairs(shards: str | Path, count: int = 16) -> list[tuple[Any, str]]:
-    "The first pairs of other captions, of the first shard if it has enough; or a ValueError."
+    "The first pairs with different captions, of the first shard if it has enough; or a ValueError."
     first: dict[str, Sample] = {}
     for url in list_shards(shards):
         good, bad = usable_samples(read_shard(url))
