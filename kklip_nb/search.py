@@ -137,8 +137,7 @@ def plot_found(
     "What each student finds: a row a query, a block a student, the best at the left."
     queries, left = [queries] if isinstance(queries, str) else list(queries), 2.0
     images, captions = _pictures(images), list(captions)
-    size = len(queries), min(len(images), len(captions))
-    found = {name: _finds(rows, *size) for name, rows in found.items()}
+    found = {s: _finds(r, len(queries), min(len(images), len(captions))) for s, r in found.items()}
     def cosines(s): return None if scores is None else scores.get(s, ())
     texts = {s: _under(rows, captions, cosines(s)) for s, rows in found.items()}
     right = _right_ones(right, (len(queries), len(images)))
